@@ -1,0 +1,160 @@
+"""Losses: differentiable terms over packed tokens, and the statistics that go with them. Pure torch.
+
+Knows tensors of one packed row: S scored tokens, support of k tokens each. Ignores which method made the targets, how
+tokens were packed and how many ranks share a batch: `weights` carries the normalisation (see `training.pack`), so
+that terms of all rows and ranks are simply summed. Reading order: the terms, then `total_loss`, then `tally`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clawrl.config import ClipSection, LearningSection
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What one row is trained towards; torch twins of `training.pack.PackedRow`, all on one device."""
+
+    behaviour_logprobs: Tensor  # f32[S], by the engine at sampling
+    advantages: Tensor  # f32[S], 0 where there is no policy-gradient term
+    reference_logprobs: Tensor  # f32[S], 0 where has_reference is false
+    has_reference: Tensor  # bool[S]
+    fresh: Tensor  # bool[S], sampled under the very weights this step starts from
+    weights: Tensor  # f32[S], sums to 1 over all rows and ranks; 0 in padding
+    support_behaviour_logprobs: Tensor  # f32[S, k]
+    support_advantages: Tensor  # f32[S, k]
+    support_valid: Tensor  # bool[S, k]
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A term summed over its tokens (scalar), and where its surrogate was cut (bool, the entries' shape)."""
+
+    value: Tensor
+    clipped: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TotalLoss:
+    """The objective (scalar) and its parts, unweighted."""
+
+    value: Tensor
+    policy: Loss
+    distillation: Loss
+    divergence: Tensor
+
+
+def clipped_policy_loss(
+    logprobs: Tensor,
+    behaviour_logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    *,
+    clip: ClipSection,
+    importance: Tensor | None = None,
+) -> Loss:
+    """PPO clipped surrogate (arXiv:1707.06347, eq. 7) over entries of any one shape, [S] or [S, k].
+
+    weights include the sign-free normalisation 1 / (number of trained tokens of all ranks); importance is the
+    truncated correction of `importance_weights`, no part of the gradient.
+    """
+    ratio = (logprobs - behaviour_logprobs).exp()
+    bounded = ratio.clamp(1 - clip.low, 1 + clip.high)
+    surrogate = torch.minimum(ratio * advantages, bounded * advantages)
+    if importance is not None:
+        surrogate = surrogate * importance
+    clipped = (bounded * advantages).detach() < (ratio * advantages).detach()
+    return Loss(-(surrogate * weights).sum(), clipped)
+
+
+def k3_divergence(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """Per-token estimate of KL(policy || reference), never negative: r - 1 - log r with r = reference / policy.
+
+    Schulman's k3, as in GRPO (arXiv:2402.03300, eq. 4); same shape as its arguments.
+    """
+    log_ratio = reference_logprobs - logprobs
+    return log_ratio.exp() - 1 - log_ratio
+
+
+def proximal_logprobs(logprobs: Tensor, behaviour_logprobs: Tensor, fresh: Tensor) -> Tensor:
+    """Log-probabilities of the sampling weights as best known, [S], no part of the gradient.
+
+    A step starts from the weights it is about to change and takes one update per batch. For a token sampled under
+    those same weights (lag 0) the trainer's own log-probability *is* l_train_old, exactly. For an older token the
+    weights that sampled it are gone; the engine's log-probability is the only witness, and l_train_old = l_rollout.
+    """
+    return torch.where(fresh, logprobs.detach(), behaviour_logprobs)
+
+
+def importance_weights(proximal: Tensor, behaviour_logprobs: Tensor, cap: float) -> Tensor:
+    """Truncated importance sampling of the train/inference mismatch: min(exp(l_train_old - l_rollout), cap), [S].
+
+    1 wherever `proximal_logprobs` had to fall back on the engine's: there, staleness and mismatch stand together in
+    the surrogate's own clipped ratio, and must not be corrected twice.
+    """
+    return (proximal - behaviour_logprobs).detach().exp().clamp(max=cap)
+
+
+def total_loss(logprobs: Tensor, support_logprobs: Tensor, targets: Targets, learning: LearningSection) -> TotalLoss:
+    """Sum over tokens of weight x [importance·PPO(sampled) + Σ_support PPO + kl_weight·k3] (ALGORITHM.md §2).
+
+    logprobs f32[S] and support_logprobs f32[S, k] are the current model's. The weights of the RL and OPD terms are
+    already inside the advantages: the surrogate is positively homogeneous in them.
+    """
+    proximal = proximal_logprobs(logprobs, targets.behaviour_logprobs, targets.fresh)
+    importance = importance_weights(proximal, targets.behaviour_logprobs, learning.importance_cap)
+    policy = clipped_policy_loss(
+        logprobs, proximal, targets.advantages, targets.weights, clip=learning.clip, importance=importance
+    )
+    distillation = clipped_policy_loss(
+        support_logprobs,
+        targets.support_behaviour_logprobs,
+        targets.support_advantages,
+        targets.weights[:, None] * targets.support_valid,
+        clip=learning.clip,
+    )
+    reference_weights = targets.weights * targets.has_reference
+    # Unreferenced tokens are compared with themselves: 0 with a zero gradient, whatever their log-probability.
+    reference = torch.where(targets.has_reference, targets.reference_logprobs, logprobs.detach())
+    divergence = (k3_divergence(logprobs, reference) * reference_weights).sum()
+    value = policy.value + distillation.value
+    if learning.kl_weight:
+        value = value + learning.kl_weight * divergence
+    return TotalLoss(value, policy, distillation, divergence)
+
+
+TALLIED = ("clip_fraction", "opd_clip_fraction", "approx_kl", "entropy", "mismatch", "kl")
+"""Statistics of `tally`, means over their own tokens."""
+
+
+@torch.no_grad()
+def tally(logprobs: Tensor, entropy: Tensor, loss: TotalLoss, targets: Targets) -> Tensor:
+    """f64[len(TALLIED), 2]: sum and count of each statistic over the row's trained tokens, to be added up.
+
+    clip fractions: share of tokens (support entries) whose gradient the clip cut. approx_kl: k3 of behaviour against
+    current, staleness and mismatch together. mismatch: mean |l_train - l_rollout| at lag 0. kl: k3 against reference.
+    """
+    trained = targets.weights > 0
+    drift = logprobs - targets.behaviour_logprobs
+    entries = [
+        (loss.policy.clipped, trained & (targets.advantages != 0)),
+        (loss.distillation.clipped, trained[:, None] & targets.support_valid),
+        (drift.exp() - 1 - drift, trained),
+        (entropy, trained),
+        (drift.abs(), trained & targets.fresh),
+        (k3_divergence(logprobs, targets.reference_logprobs), trained & targets.has_reference),
+    ]
+    return torch.stack([_sum_and_count(values, mask) for values, mask in entries])
+
+
+def tallied_means(sums: Tensor) -> dict[str, float]:
+    """The means of `tally`'s sums; a statistic that nothing counted for is left out."""
+    return {name: total / count for name, (total, count) in zip(TALLIED, sums.tolist(), strict=True) if count > 0}
+
+
+def _sum_and_count(values: Tensor, mask: Tensor) -> Tensor:
+    return torch.stack([torch.where(mask, values, 0).double().sum(), mask.double().sum()])

@@ -1,0 +1,143 @@
+"""The `clawrl` command: parse, call, show. Thin: everything it starts is in `main`, everything it shows is HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from clawrl.config import load_config
+from clawrl.errors import ClawrlError
+from clawrl.observe import set_up_logging
+
+console = Console(stderr=True, highlight=False)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code (0 well, 1 failed, 2 wrong use or config, 130 interrupted)."""
+    options = _parser().parse_args(arguments)
+    set_up_logging()
+    try:
+        return options.run(options)
+    except ClawrlError as error:
+        from clawrl.main import fail
+
+        return fail(error)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="clawrl", description="Serve a model, learn from its use, swap in the better."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    serve = commands.add_parser("serve", help="serve the policy and train it in the background until Ctrl-C")
+    add_config_options(serve)
+    serve.set_defaults(run=_serve)
+    chat = commands.add_parser("chat", help="talk to a running clawrl in the terminal")
+    _add_url(chat)
+    chat.set_defaults(run=_chat)
+    status = commands.add_parser("status", help="versions, buffer and losses of a running clawrl")
+    _add_url(status)
+    status.add_argument("--json", action="store_true", help="print what /status says as it is")
+    status.set_defaults(run=_status)
+    return parser
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """--config, --method and dotted overrides, the same for every command that starts a system."""
+    parser.add_argument("--config", metavar="FILE", help="TOML file (default: the embedded CPU configuration)")
+    parser.add_argument("--method", choices=("rl", "opd", "hybrid"), help="objective; short for learning.method=…")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+
+
+def config_of(options: argparse.Namespace) -> Any:
+    """The config that --config, --method and the overrides describe. Raises ConfigError."""
+    method = [f"learning.method={options.method}"] if options.method else []
+    return load_config(options.config, [*method, *options.overrides])
+
+
+def _add_url(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", default="http://127.0.0.1:30000", help="where clawrl serves (default: %(default)s)")
+
+
+def _serve(options: argparse.Namespace) -> int:
+    config = config_of(options)
+    from clawrl.main import serve_until_stopped  # vLLM, Ray and torch load only when needed
+
+    serve_until_stopped(config, lambda line: console.print(f"[bold]clawrl[/bold] {line}"))
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    status = _get(options.url, "/status")
+    if options.json:
+        print(json.dumps(status, indent=2))
+        return 0
+    table = Table(show_header=False, box=None)
+    for component, facts in status.items():
+        shown = facts if isinstance(facts, dict) else {"": facts}
+        for key, value in shown.items():
+            table.add_row(component, key, json.dumps(value) if isinstance(value, (dict, list)) else str(value))
+            component = ""
+    Console().print(table)
+    return 0
+
+
+def _chat(options: argparse.Namespace) -> int:
+    """A conversation with streamed replies; each message of yours is what the reply before it learns from."""
+    import openai
+
+    model = _get(options.url, "/v1/models")["data"][0]["id"]
+    client = openai.OpenAI(base_url=f"{options.url}/v1", api_key="none")
+    messages: list[Any] = []
+    console.print("[dim]An empty line or Ctrl-D ends the conversation.[/dim]")
+    while text := _ask():
+        messages.append({"role": "user", "content": text})
+        try:
+            reply = _stream(client, model, messages)
+        except openai.APIError as error:
+            messages.pop()
+            console.print(f"[red]{error.message}[/red]")
+            continue
+        messages.append({"role": "assistant", "content": reply})
+    return 0
+
+
+def _ask() -> str:
+    try:
+        return input("you> ").strip()
+    except EOFError:
+        return ""
+
+
+def _stream(client: Any, model: str, messages: list[Any]) -> str:
+    parts: list[str] = []
+    for chunk in client.chat.completions.create(model=model, messages=messages, stream=True):
+        if chunk.choices and (text := chunk.choices[0].delta.content):
+            parts.append(text)
+            print(text, end="", flush=True)
+    print()
+    return "".join(parts)
+
+
+def _get(url: str, path: str) -> Any:
+    """A JSON answer of a running clawrl. Raises ClawrlError when nobody answers there."""
+    try:
+        response = httpx.get(url + path, timeout=10)
+        response.raise_for_status()
+        return response.json()
+    except (httpx.HTTPError, ValueError) as error:
+        raise ClawrlError(
+            f"no clawrl answers at {url} ({error}); start one with `clawrl serve`, or give --url"
+        ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,294 @@
+"""Settings: one pydantic section per component, read from TOML, overridden by dotted `section.key=value` words.
+
+Knows every key, its default and its bounds. Ignores what components do with them. A component is handed its own
+section, never the root.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from clawrl.errors import ConfigError
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _share_or_whole(gpus: float) -> float:
+    if gpus > 1 and gpus != int(gpus):
+        raise ValueError("give 0 (CPU), a share of one GPU below 1, or a whole number of GPUs")
+    return gpus
+
+
+GpuShare = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_share_or_whole)]
+"""GPUs of one process: 0 runs on the CPU, below 1 shares a GPU with others, above 1 is a whole number."""
+
+
+class EngineSection(Section):
+    """What policy and judge share: one vLLM engine per replica."""
+
+    model: str = Field(
+        default="clawrl:tiny", description="Hugging Face folder or name; `clawrl:tiny` is the built-in model."
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    replicas: int = Field(default=1, ge=1)
+    gpus_per_replica: GpuShare = Field(default=0, description="0: CPU; below 1: a share; above 1: tensor parallelism.")
+    max_model_len: int = Field(default=2048, ge=64, description="Context length in tokens, prompt and reply together.")
+    max_num_seqs: int = Field(default=64, ge=1, description="Sequences decoded side by side in one engine.")
+    kv_cache_gib: float = Field(default=0.5, gt=0, description="Key-value cache on the CPU, GiB.")
+    gpu_memory_utilization: float = Field(
+        default=0.85, gt=0, le=1, description="Part of each GPU's memory the engine takes."
+    )
+    enforce_eager: bool = True
+    threads: int = Field(default=1, ge=1, description="OpenMP threads of one CPU engine.")
+    nice: int = Field(default=0, ge=0, le=19, description="Added niceness of the engine's processes.")
+
+
+class GatewaySection(Section):
+    host: str = "127.0.0.1"
+    port: int = Field(default=30000, ge=1, le=65535)
+    replicas: int = Field(default=1, ge=1)
+    max_body_mib: int = Field(default=10, ge=1, description="Larger request bodies are refused with 413.")
+    max_concurrent_requests: int = Field(default=1024, ge=1)
+
+
+class JournalSection(Section):
+    url: str = Field(
+        default="sqlite", description="`sqlite` puts journal.sqlite in the run directory; else a SQLAlchemy URL."
+    )
+
+
+class PolicySection(EngineSection):
+    served_name: str = Field(default="clawrl", description="The model's name in the API.")
+    support: int = Field(default=4, ge=0, le=20, description="Top-k tokens captured at every reply position (0: none).")
+    temperature: float = Field(default=1.0, ge=0, le=2, description="Used where a request does not say.")
+    max_reply_tokens: int = Field(default=512, ge=1, description="Used where a request does not say.")
+    tool_parser: str | None = Field(default="hermes", description="vLLM tool-call parser; none if null.")
+    reasoning_parser: str | None = None
+
+
+class JudgeSection(EngineSection):
+    prompts: Literal["tiny", "full"] = "tiny"
+    votes: int = Field(default=3, ge=1, le=16)
+    temperature: float = Field(default=0.6, ge=0, le=2)
+    max_verdict_tokens: int = Field(default=128, ge=8)
+    timeout_s: float = Field(default=60.0, gt=0, description="A later judgement abstains.")
+    concurrency: int = Field(default=16, ge=1, description="Turns judged side by side.")
+    nice: int = Field(default=5, ge=0, le=19)
+
+
+class ClipSection(Section):
+    low: float = Field(default=0.2, ge=0, lt=1)
+    high: float = Field(default=0.28, ge=0)
+
+
+class LearningSection(Section):
+    """Objective: L = rl_weight·L_RL + opd_weight·L_OPD + kl_weight·L_KL (shared by collector and trainer)."""
+
+    method: Literal["rl", "opd", "hybrid"] = "hybrid"
+    rl_weight: float = Field(default=1.0, ge=0)
+    opd_weight: float = Field(default=1.0, ge=0)
+    kl_weight: float = Field(default=0.01, ge=0)
+    clip: ClipSection = ClipSection()
+    baseline: Literal["none", "ema"] = "ema"
+    baseline_decay: float = Field(default=0.9, ge=0, lt=1)
+    distillation: Literal["topk", "token"] = "topk"
+    support: int = Field(default=4, ge=1, le=20, description="k of top-k distillation; at most policy.support.")
+    difference_clip: float = Field(default=1.0, gt=0, description="C: bound on teacher - behaviour log-probability.")
+    teacher: Literal["frozen", "current"] = "frozen"
+    teacher_top: int = Field(default=20, ge=1, le=100, description="Teacher's tokens scored per position.")
+    hint_rule: Literal["sequence", "token", "shortest", "longest", "random"] = "sequence"
+    max_hints: int = Field(default=3, ge=1)
+    importance_cap: float = Field(default=2.0, gt=0, description="Truncation of train/inference importance weights.")
+    normalise: Literal["sample", "token"] = "sample"
+
+
+class BufferSection(Section):
+    batch_size: int = Field(default=16, ge=1, description="Samples per optimizer step.")
+    max_lag: int = Field(default=4, ge=1, description="Samples more versions old than this are dropped and counted.")
+
+
+class TrainerSection(Section):
+    workers: int = Field(default=2, ge=1)
+    gpus_per_worker: GpuShare = Field(default=0, le=1, description="0: CPU (gloo); 1: NCCL; below 1: shares a GPU.")
+    threads: int = Field(default=1, ge=1, description="Torch threads of one CPU worker.")
+    nice: int = Field(default=10, ge=0, le=19)
+    learning_rate: float = Field(default=6e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = Field(default=0.1, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    pack_tokens: int = Field(default=4096, ge=64, description="Tokens per packed forward pass of one worker.")
+    logit_chunk: int = Field(default=1024, ge=1, description="Positions whose full-vocabulary logits exist at once.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Compute type; master weights are float32."
+    )
+    activation_checkpointing: bool = False
+    max_failures: int = Field(default=3, ge=0, description="Restarts of the worker group before the run fails.")
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _one_worker_per_gpu(self) -> TrainerSection:
+        if 0 < self.gpus_per_worker < 1 and self.workers > 1:
+            raise ValueError(
+                f"gpus_per_worker={self.gpus_per_worker:g} with workers={self.workers} may put two workers on one GPU, "
+                "which NCCL refuses; set workers=1 or gpus_per_worker=1"
+            )
+        return self
+
+
+class VersionsSection(Section):
+    keep: int = Field(default=5, ge=1, description="Checkpoints kept on disk.")
+    keep_in_memory: int = Field(default=2, ge=1, description="Versions kept in the object store.")
+    bucket_mib: int = Field(default=256, ge=1, description="Size of one transfer bucket.")
+    canary_tolerance: float = Field(
+        default=2e-2, gt=0, description="Largest |engine - trainer| canary log-probability."
+    )
+
+
+class ChatSection(Section):
+    """The simulated users of `clawrl demo`."""
+
+    persona: Literal["student", "assistant", "teacher"] = "student"
+    conversations: int = Field(default=480, ge=1)
+    concurrency: int = Field(default=12, ge=1)
+    max_turns: int = Field(default=3, ge=1)
+    evaluation_problems: int = Field(default=200, ge=1)
+    seed: int = 0
+
+
+class Config(Section):
+    run_root: str = Field(default="runs", description="Each run makes a folder of its own here.")
+    gateway: GatewaySection = GatewaySection()
+    journal: JournalSection = JournalSection()
+    policy: PolicySection = PolicySection()
+    judge: JudgeSection = JudgeSection()
+    learning: LearningSection = LearningSection()
+    buffer: BufferSection = BufferSection()
+    trainer: TrainerSection = TrainerSection()
+    versions: VersionsSection = VersionsSection()
+    chat: ChatSection = ChatSection()
+
+    @model_validator(mode="after")
+    def _agree(self) -> Config:
+        distils_topk = self.learning.method != "rl" and self.learning.distillation == "topk"
+        if distils_topk and self.learning.support > self.policy.support:
+            raise ValueError(
+                f"learning.support={self.learning.support} needs as many captured tokens, but "
+                f"policy.support={self.policy.support}; raise policy.support"
+            )
+        scored_by_judge = self.learning.kl_weight > 0 or (
+            self.learning.method != "rl" and self.learning.teacher == "frozen"
+        )
+        if scored_by_judge and self.judge.model != self.policy.model:
+            raise ValueError(
+                "the frozen teacher and the KL reference are the judge's engine, which must hold the policy's initial "
+                f"weights, but judge.model={self.judge.model!r} and policy.model={self.policy.model!r}; use one model, "
+                "or set learning.teacher=current and learning.kl_weight=0"
+            )
+        if self.policy.max_reply_tokens >= self.policy.max_model_len:
+            raise ValueError(
+                f"policy.max_reply_tokens={self.policy.max_reply_tokens} leaves no room for a prompt in "
+                f"policy.max_model_len={self.policy.max_model_len}; lower it"
+            )
+        return self
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file (or the defaults) and apply `section.key=value` overrides, later ones winning.
+
+    Raises ConfigError naming file, key, value and what is allowed.
+    """
+    tree: dict[str, Any] = {}
+    origin = "the built-in defaults"
+    if path is not None:
+        origin = str(path)
+        try:
+            tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(
+                f"config {origin} cannot be read: {error.strerror}; give an existing TOML file"
+            ) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"config {origin} is not valid TOML: {error}") from error
+    for word in overrides:
+        _apply_override(tree, word)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, origin)) from None
+
+
+def model_path(model: str) -> str:
+    """The folder of a model on this machine; `clawrl:tiny` is the one inside the package.
+
+    Raises ConfigError if a path-like name does not exist. Other names are left to the Hugging Face cache.
+    """
+    if model.startswith("clawrl:"):
+        folder = Path(str(resources.files("clawrl"))) / "models" / model.removeprefix("clawrl:")
+    elif model.startswith((".", "/", "~")):
+        folder = Path(model).expanduser()
+    else:
+        return model
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"model {model!r} is not a model folder ({folder} has no config.json); check the path")
+    return str(folder.resolve())
+
+
+def _apply_override(tree: dict[str, Any], word: str) -> None:
+    key, separator, text = word.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {word!r} is not of the form section.key=value")
+    *sections, name = key.strip().split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {word!r}: {section!r} is not a section")
+    tree[name] = _parse_value(text.strip())
+
+
+def _parse_value(text: str) -> Any:
+    """TOML/JSON scalars and lists where they parse, else the plain string."""
+    if text == "null":
+        return None
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(error: ValidationError, origin: str) -> str:
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"]) or "config"
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{key} is not a key; allowed here: {', '.join(_allowed(item['loc'][:-1]))}")
+        else:
+            reason = item["msg"].removeprefix("Value error, ")
+            value = "" if isinstance(item["input"], dict) else f" = {_shown(item['input'])}"
+            lines.append(f"{key}{value}: {reason}")
+    return f"config {origin}: " + "; ".join(lines)
+
+
+def _allowed(location: tuple[Any, ...]) -> list[str]:
+    model: Any = Config
+    for part in location:
+        annotation = model.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return sorted(model.model_fields)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."

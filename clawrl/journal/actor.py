@@ -1,0 +1,157 @@
+"""The journal as everyone meets it: an asynchronous actor over the store.
+
+Knows how concurrent appends share one commit, and wakes long polls when something they wait for is durable. Ignores
+SQL (`store`) and what records mean.
+
+    append ─┐                                          ┌─► each caller returns
+    append ─┼─► waiting ─► one commit (writer thread) ─┤
+    append ─┘   (meanwhile the next group gathers)     └─► long polls wake and read (reader threads)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from clawrl.errors import JournalError
+from clawrl.journal.database import READERS
+from clawrl.journal.store import JournalStore, Write
+from clawrl.observe import metric
+from clawrl.types import NextState, Sample, Swap, Turn, VersionEvent, WeightVersion
+
+log = logging.getLogger(__name__)
+_Answer = TypeVar("_Answer")
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """An append that waits for its commit."""
+
+    write: Write
+    kinds: frozenset[type]
+    durable: asyncio.Future[None]
+
+
+class Journal:
+    """Async actor: an append returns when it is durable; every method may raise JournalError and leaves it usable."""
+
+    def __init__(self, url: str) -> None:
+        self._store = JournalStore(url)
+        self._writer = ThreadPoolExecutor(1, "journal-writer")
+        self._readers = ThreadPoolExecutor(READERS, "journal-reader")
+        self._waiting: list[_Pending] = []
+        self._committing: asyncio.Task[None] | None = None
+        self._arrivals: defaultdict[type, asyncio.Event] = defaultdict(asyncio.Event)
+        self._closed = False
+
+    async def append(self, *records: Any) -> None:
+        """Store records of any mix of types together; a record already there is left as it was."""
+        await self._commit(self._store.appending(*records), frozenset(map(type, records)))
+
+    async def record_version(self, version: WeightVersion, event: VersionEvent | None) -> None:
+        """Store a version, the consumption of its samples and its event together; a repetition is ignored.
+
+        Raises JournalError if another version consumed one of the samples, or has the same number.
+        """
+        await self._commit(self._store.recording(version, event), frozenset({WeightVersion, VersionEvent}))
+
+    async def turn(self, id: str) -> Turn | None:
+        return await self._read(self._store.turn, id)
+
+    async def open_turn(self, user: str, conversation: str) -> tuple[str, str, int] | None:
+        """(id, session, index) of the user's newest main turn whose conversation has this digest."""
+        return await self._read(self._store.open_turn, user, conversation)
+
+    async def last_turn(self, user: str, session: str) -> tuple[str, str, int, str] | None:
+        """(id, session, index, conversation) of the newest main turn of a session."""
+        return await self._read(self._store.last_turn, user, session)
+
+    async def pairs_to_judge(self, after: int, limit: int, timeout_s: float) -> list[tuple[int, Turn, NextState]]:
+        """Unjudged main turns and what followed, with the next state's seq (> after); [] after `timeout_s`."""
+        return await self._poll(NextState, timeout_s, self._store.pairs_to_judge, after, limit)
+
+    async def samples_to_train(self, after: int, limit: int, timeout_s: float) -> list[tuple[int, Sample]]:
+        """Unconsumed samples with their seq (> after); [] after `timeout_s`."""
+        return await self._poll(Sample, timeout_s, self._store.samples_to_train, after, limit)
+
+    async def recent_scores(self, user: str, limit: int) -> list[int]:
+        """Scores of the user's newest judged turns in the order they were judged; abstentions have none."""
+        return await self._read(self._store.recent_scores, user, limit)
+
+    async def versions(self) -> list[WeightVersion]:
+        return await self._read(self._store.versions)
+
+    async def version_events(self) -> list[VersionEvent]:
+        return await self._read(self._store.version_events)
+
+    async def swaps(self) -> list[Swap]:
+        return await self._read(self._store.swaps)
+
+    async def counts(self) -> dict[str, int]:
+        return await self._read(self._store.counts)
+
+    async def close(self) -> None:
+        """Let the appends that wait become durable, end the long polls, refuse what comes later."""
+        self._closed = True
+        for event in self._arrivals.values():
+            event.set()
+        if self._committing is not None:
+            await self._committing
+        for threads in (self._writer, self._readers):
+            await asyncio.to_thread(threads.shutdown)
+        self._store.close()
+
+    async def _commit(self, write: Write, kinds: frozenset[type]) -> None:
+        self._require_open()
+        started, loop = time.perf_counter(), asyncio.get_running_loop()
+        pending = _Pending(write, kinds, loop.create_future())
+        self._waiting.append(pending)
+        if self._committing is None or self._committing.done():
+            self._committing = loop.create_task(self._commit_groups())
+        await pending.durable
+        metric("journal/append_s").observe(time.perf_counter() - started)
+
+    async def _commit_groups(self) -> None:
+        while self._waiting:
+            group, self._waiting = self._waiting, []
+            writes = [pending.write for pending in group]
+            outcomes = await asyncio.get_running_loop().run_in_executor(self._writer, self._store.commit, writes)
+            for pending, error in zip(group, outcomes, strict=True):
+                if error is not None:
+                    log.error("event=append_refused error=%s", error)
+                if not pending.durable.done():  # its caller may have gone
+                    pending.durable.set_exception(error) if error else pending.durable.set_result(None)
+            for kind in frozenset().union(*(pending.kinds for pending in group)):
+                self._arrivals.pop(kind, asyncio.Event()).set()
+
+    async def _poll(
+        self, kind: type, timeout_s: float, read: Callable[..., list[_Answer]], *arguments: Any
+    ) -> list[_Answer]:
+        """Read until there is something, anew after each commit of a `kind`."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            arrival = self._arrivals[kind]  # taken before the read: a commit in between is not missed
+            found = await self._read(read, *arguments)
+            left_s = deadline - time.monotonic()
+            if found or left_s <= 0:
+                return found
+            try:
+                await asyncio.wait_for(arrival.wait(), left_s)
+            except TimeoutError:
+                return []
+            if self._closed:
+                return []
+
+    async def _read(self, read: Callable[..., _Answer], *arguments: Any) -> _Answer:
+        self._require_open()
+        return await asyncio.get_running_loop().run_in_executor(self._readers, read, *arguments)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise JournalError("the journal is closed; start the run again")

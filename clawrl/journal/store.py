@@ -1,0 +1,244 @@
+"""The journal's transactions and look-ups over one SQL database, synchronous; `actor` adds concurrency.
+
+Knows how a commit becomes durable, which appends repeat an earlier one, and the queries of the program. Ignores Ray,
+asyncio and who asks. One connection writes; readers have their own and are never blocked by it (SQLite: WAL).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import Connection, Select, Table, func, insert, inspect, select, update
+
+from clawrl.errors import JournalError
+from clawrl.journal.database import connect, insert_new, parse_url, refusing
+from clawrl.journal.tables import (
+    CONSUMPTIONS,
+    JUDGEMENTS,
+    META,
+    METADATA,
+    NEXT_STATES,
+    RECORD_TABLES,
+    SAMPLES,
+    SCHEMA,
+    SWAPS,
+    TURNS,
+    VERSIONS,
+    RecordTable,
+)
+from clawrl.types import NextState, Sample, Swap, Turn, VersionEvent, WeightVersion
+
+Write = Callable[[Connection], None]
+"""One caller's rows, written all or none, in a transaction that others may share."""
+
+
+class JournalStore:
+    """Appends and reads records. Safe for one writing thread and any number of reading ones.
+
+    `url` is SQLAlchemy's, such as `sqlite:////path/journal.sqlite`. Raises JournalError, with the remedy, if it cannot
+    be opened for writing, is not a journal, or was written by a newer clawrl. Every method may raise JournalError.
+    """
+
+    def __init__(self, url: str) -> None:
+        parsed = parse_url(url)
+        self.name = parsed.render_as_string(hide_password=True)
+        with refusing(f"journal {self.name} cannot be opened"):
+            self._reader, self._writer = connect(parsed)
+            try:
+                self._require_schema()
+            except BaseException:
+                self.close()
+                raise
+
+    def _require_schema(self) -> None:
+        """Refuse what is not ours before the first write; make the tables where there are none."""
+        with self._reader.connect() as connection:
+            tables, number = inspect(connection).get_table_names(), None
+            if META.name in tables:
+                number = connection.scalar(select(META.c.value).where(META.c.name == "schema"))
+        if tables and number is None:
+            raise JournalError(f"{self.name} holds another program's tables; name another file in journal.url")
+        if int(number or 0) > SCHEMA:
+            raise JournalError(
+                f"journal {self.name} has schema {number} and this clawrl knows {SCHEMA}; "
+                "use the clawrl that wrote it, or name another file in journal.url"
+            )
+        with self._writer.begin() as connection:
+            if not tables:
+                METADATA.create_all(connection)
+                connection.execute(insert(META).values(name="schema", value=str(SCHEMA)))
+            else:  # changes nothing, and proves that it can be written to
+                connection.execute(update(META).where(META.c.name == "schema").values(value=number))
+
+    def close(self) -> None:
+        self._reader.dispose()
+        self._writer.dispose()
+
+    # Writing
+
+    def append(self, *records: Any) -> None:
+        """Store records of any mix of types in one transaction; a record already there is left as it was."""
+        self._commit_alone(self.appending(*records))
+
+    def record_version(self, version: WeightVersion, event: VersionEvent | None) -> None:
+        """Store a version, the consumption of its samples and its event in one transaction; a repetition is ignored.
+
+        Raises JournalError if another version consumed one of the samples, or has the same number.
+        """
+        self._commit_alone(self.recording(version, event))
+
+    def appending(self, *records: Any) -> Write:
+        """The write of records of any mix of types; JournalError if one is of no type the journal stores."""
+        rows: defaultdict[RecordTable, list[dict[str, Any]]] = defaultdict(list)
+        for record in records:
+            with refusing(f"a {type(record).__name__} cannot be stored"):
+                table = RECORD_TABLES[type(record)]
+                rows[table].append(table.encode(record))
+
+        def write(connection: Connection) -> None:
+            for table, several in rows.items():
+                connection.execute(insert_new(table.table), several)
+
+        return write
+
+    def recording(self, version: WeightVersion, event: VersionEvent | None) -> Write:
+        """The write of a version with the consumption of its samples and its event."""
+        append = self.appending(version, *([] if event is None else [event]))
+
+        def write(connection: Connection) -> None:
+            query = select(VERSIONS.c.samples).where(VERSIONS.c.number == version.number)
+            recorded = connection.scalar(query)
+            if recorded is not None:
+                if recorded != VERSIONS.encode(version)["samples"]:
+                    raise JournalError(f"version {version.number} was recorded before with other samples; number anew")
+                return
+            query = select(CONSUMPTIONS).where(CONSUMPTIONS.c.sample.in_(version.samples))
+            taken = connection.execute(query.limit(1)).first()
+            if taken is not None:
+                raise JournalError(
+                    f"version {version.number} would learn again from sample {taken.sample}, which version "
+                    f"{taken.version} consumed; go on from the newest version"
+                )
+            append(connection)
+            rows = [{"sample": sample, "version": version.number} for sample in version.samples]
+            if rows:
+                connection.execute(insert(CONSUMPTIONS), rows)
+
+        return write
+
+    def commit(self, writes: list[Write]) -> list[JournalError | None]:
+        """Make all writes durable in one transaction; if that fails, in one each, so that only the guilty are refused.
+
+        Returns one outcome per write; None says that it is on disk.
+        """
+        outcome = self._attempt(writes)
+        if outcome is None or len(writes) == 1:
+            return [outcome] * len(writes)
+        return [self._attempt([write]) for write in writes]
+
+    def _attempt(self, writes: list[Write]) -> JournalError | None:
+        try:
+            with refusing(f"journal {self.name} refused a record"), self._writer.begin() as connection:
+                for write in writes:
+                    write(connection)
+        except JournalError as error:
+            return error
+        return None
+
+    def _commit_alone(self, write: Write) -> None:
+        [outcome] = self.commit([write])
+        if outcome is not None:
+            raise outcome
+
+    # Reading
+
+    def turn(self, id: str) -> Turn | None:
+        rows = self._rows(select(TURNS.table).where(TURNS.c.id == id))
+        return TURNS.decode(rows[0]) if rows else None
+
+    def open_turn(self, user: str, conversation: str) -> tuple[str, str, int] | None:
+        """(id, session, index) of the user's newest main turn whose conversation has this digest."""
+        query = select(TURNS.c.id, TURNS.c.session, TURNS.c.index)
+        return self._newest_main_turn(query.where(TURNS.c.user == user, TURNS.c.conversation == conversation))
+
+    def last_turn(self, user: str, session: str) -> tuple[str, str, int, str] | None:
+        """(id, session, index, conversation) of the newest main turn of a session."""
+        query = select(TURNS.c.id, TURNS.c.session, TURNS.c.index, TURNS.c.conversation)
+        return self._newest_main_turn(query.where(TURNS.c.user == user, TURNS.c.session == session))
+
+    def _newest_main_turn(self, query: Select) -> Any:
+        rows = self._rows(query.where(TURNS.c.kind == "main").order_by(TURNS.c.seq.desc()).limit(1))
+        return tuple(rows[0].values()) if rows else None
+
+    def pairs_to_judge(self, after: int, limit: int) -> list[tuple[int, Turn, NextState]]:
+        """Main turns with a next state and no judgement, in the order of the next states' seq, beyond `after`."""
+        query = (
+            select(NEXT_STATES.table, TURNS.table)
+            .join(TURNS.table, TURNS.c.id == NEXT_STATES.c.turn)
+            .outerjoin(JUDGEMENTS.table, JUDGEMENTS.c.turn == NEXT_STATES.c.turn)
+            .where(NEXT_STATES.c.seq > after, TURNS.c.kind == "main", JUDGEMENTS.c.seq.is_(None))
+            .order_by(NEXT_STATES.c.seq)
+            .limit(limit)
+        )
+        return [(row[NEXT_STATES.c.seq], TURNS.decode(row), NEXT_STATES.decode(row)) for row in self._rows(query)]
+
+    def samples_to_train(self, after: int, limit: int) -> list[tuple[int, Sample]]:
+        """Samples that no version consumed, in the order of seq, beyond `after`."""
+        query = (
+            select(SAMPLES.table)
+            .outerjoin(CONSUMPTIONS, CONSUMPTIONS.c.sample == SAMPLES.c.id)
+            .where(SAMPLES.c.seq > after, CONSUMPTIONS.c.version.is_(None))
+            .order_by(SAMPLES.c.seq)
+            .limit(limit)
+        )
+        return [(row[SAMPLES.c.seq], SAMPLES.decode(row)) for row in self._rows(query)]
+
+    def recent_scores(self, user: str, limit: int) -> list[int]:
+        """Scores of the user's newest judged turns in the order they were judged; abstentions have none."""
+        query = (
+            select(JUDGEMENTS.c.seq, JUDGEMENTS.c.score)
+            .join(TURNS.table, TURNS.c.id == JUDGEMENTS.c.turn)
+            .where(TURNS.c.user == user, JUDGEMENTS.c.score.is_not(None))
+            .order_by(TURNS.c.seq.desc())
+            .limit(limit)
+        )
+        return [score for _, score in sorted(tuple(row.values()) for row in self._rows(query))]
+
+    def versions(self) -> list[WeightVersion]:
+        return self._all(WeightVersion)
+
+    def version_events(self) -> list[VersionEvent]:
+        return self._all(VersionEvent)
+
+    def swaps(self) -> list[Swap]:
+        return self._all(Swap)
+
+    def counts(self) -> dict[str, int]:
+        """How many of each; `hints` counts judgements that carry one, `abstentions` those without a score."""
+
+        def number(table: Table, *conditions: Any) -> Any:
+            return select(func.count()).select_from(table).where(*conditions).scalar_subquery()
+
+        query = select(
+            number(TURNS.table).label("turns"),
+            number(TURNS.table, TURNS.c.kind == "main").label("main_turns"),
+            number(NEXT_STATES.table).label("next_states"),
+            number(JUDGEMENTS.table).label("judgements"),
+            number(JUDGEMENTS.table, JUDGEMENTS.c.score.is_(None)).label("abstentions"),
+            number(JUDGEMENTS.table, JUDGEMENTS.c.hints != "[]").label("hints"),
+            number(SAMPLES.table).label("samples"),
+            number(CONSUMPTIONS).label("consumed"),
+            number(VERSIONS.table).label("versions"),
+            number(SWAPS.table).label("swaps"),
+        )
+        return dict(self._rows(query)[0])
+
+    def _all(self, kind: type) -> list[Any]:
+        records = RECORD_TABLES[kind]
+        return [records.decode(row) for row in self._rows(select(records.table).order_by(records.c.seq))]
+
+    def _rows(self, query: Select) -> list[Any]:
+        with refusing(f"journal {self.name} cannot be read"), self._reader.connect() as connection:
+            return list(connection.execute(query).mappings())

@@ -1,0 +1,240 @@
+"""The program on one screen: what is started, in which order, under which names, and how it all ends.
+
+    check ─► Ray ─► journal ─► weight store, buffer ─► gateway · policy · judge (Serve) ─► collector ─► trainer
+
+Knows every component's constructor and share of the machine; nothing else does. Ignores what they do.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from clawrl import observe
+from clawrl.config import Config, model_path
+from clawrl.errors import ClawrlError, ConfigError
+from clawrl.journal.actor import Journal
+from clawrl.rollout.collector import Collector
+from clawrl.serving import app
+from clawrl.training.buffer import ReplayBuffer
+from clawrl.training.trainer import TrainLoop, run_trainer
+from clawrl.training.weights import WeightStore
+
+log = logging.getLogger(__name__)
+
+NAMESPACE = "clawrl"
+TRAINER_CPUS = 0.2  # of each trainer worker; an embedded system shares few cores among many processes
+FREE_DISK_MIB = 512
+STOP_S = 12.0
+
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",  # niceness is ours to choose: chat first, training last
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class System:
+    """A running clawrl. Use `System.start`, then `stop`; both may be called from any process of a Ray cluster."""
+
+    def __init__(self, config: Config, run_directory: Path, owns_ray: bool) -> None:
+        self.config = config
+        self.run_directory = run_directory
+        self.url = f"http://{config.gateway.host}:{config.gateway.port}/v1"
+        self.actors: dict[str, Any] = {}
+        self.training: Any = None  # reference to the trainer's end
+        self._owns_ray = owns_ray
+
+    @classmethod
+    def start(cls, config: Config, say: Callable[[str], None] = lambda line: None) -> System:
+        """Bring everything up and return when chat is served. `say` is told each step.
+
+        Raises ConfigError before any process starts if the config cannot work here; on a later failure everything
+        that was started is stopped again.
+        """
+        check(config)
+        try:
+            run_directory = observe.new_run_directory(config.run_root)
+        except OSError as error:
+            raise ConfigError(
+                f"run_root={config.run_root!r} cannot be written: {error.strerror}; choose another"
+            ) from error
+        say("starting Ray")
+        owns_ray = join_ray()
+        system = cls(config, run_directory, owns_ray)
+        try:
+            system._start_components(say)
+        except BaseException:
+            system.stop()
+            raise
+        return system
+
+    def _start_components(self, say: Callable[[str], None]) -> None:
+        config = self.config
+        say("opening the journal")
+        url = config.journal.url
+        if url == "sqlite":
+            url = f"sqlite:///{self.run_directory / 'journal.sqlite'}"
+        journal = self._actor("journal", Journal, url)
+        ray.get(journal.counts.remote())
+        store = self._actor(
+            "weights", WeightStore, config.versions, journal, str(self.run_directory), config.policy.model
+        )
+        buffer = self._actor("buffer", ReplayBuffer, config.buffer, journal)
+        say(f"starting {config.policy.replicas} policy and {config.judge.replicas} judge engines (vLLM)")
+        told = {"versions": (store, "status"), "buffer": (buffer, "stats"), "journal": (journal, "counts")}
+        application = app.build(config, store=(store, f"{NAMESPACE}-weights"), journal=journal, status=told)
+        serve.start(http_options=_http_options(config))
+        loop = TrainLoop(config.trainer, config.learning, config.versions, config.policy.model, buffer, store)
+        self.training = (
+            ray.remote(run_trainer)
+            .options(
+                name=f"{NAMESPACE}-trainer",
+                num_cpus=0,
+                max_retries=0,
+                scheduling_strategy=_here(),
+                # Ray Train's actors ask Ray's state API, which must know which of several clusters is meant
+                runtime_env={"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}},
+            )
+            .remote(loop, str(self.run_directory), cpus_per_worker=TRAINER_CPUS)
+        )
+        serve.run(application, name=app.APPLICATION)
+        judge = serve.get_deployment_handle("judge", app.APPLICATION)
+        policy = serve.get_deployment_handle("policy", app.APPLICATION)
+        self._actor("collector", Collector, journal, judge, policy, config.judge, config.learning)
+        say(f"serving {self.url} · run directory {self.run_directory}")
+
+    def _actor(self, name: str, cls: type, *arguments: Any) -> Any:
+        """A named actor on this machine, where the run directory is; Ray restarts it, it comes back from the journal."""
+        actor = (
+            ray.remote(cls)
+            .options(
+                name=f"{NAMESPACE}-{name}",
+                num_cpus=0,
+                max_restarts=-1,
+                max_task_retries=0,
+                max_concurrency=1000,
+                scheduling_strategy=_here(),
+            )
+            .remote(*arguments)
+        )
+        self.actors[name] = actor
+        return actor
+
+    def stop(self) -> None:
+        """Stop taking requests, let the trainer end its step, close the journal; within seconds, whatever hangs."""
+        deadline = time.monotonic() + STOP_S
+        if ray.is_initialized():
+            worker = threading.Thread(target=self._close, args=(deadline,), daemon=True)
+            worker.start()
+            worker.join(STOP_S)
+            ray.shutdown()
+
+    def _close(self, deadline: float) -> None:
+        """The order matters: no new turns, then no new samples, then no new versions, then the log."""
+        try:
+            for name in ("collector", "buffer"):
+                if name in self.actors:
+                    ray.get(self.actors[name].close.remote(), timeout=3)
+            if self.training is not None:
+                ray.wait([self.training], timeout=max(0.1, deadline - time.monotonic() - 5))
+            serve.delete(app.APPLICATION, _blocking=not self._owns_ray)
+            for name in ("weights", "journal"):
+                if name in self.actors:
+                    ray.get(self.actors[name].close.remote(), timeout=3)
+        except Exception as error:
+            log.warning("event=unclean_stop error=%s: %s", type(error).__name__, error)
+        for actor in self.actors.values():
+            ray.kill(actor)
+
+
+def check(config: Config) -> None:
+    """What can be known before anything starts. Raises ConfigError with the value and the remedy."""
+    for section, model in (("policy", config.policy.model), ("judge", config.judge.model)):
+        try:
+            model_path(model)
+        except ConfigError as error:
+            raise ConfigError(f"{section}.model: {error}") from None
+    host, port = config.gateway.host, config.gateway.port
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"gateway.port={port} on {host} cannot be bound: {error.strerror}; stop what uses it, or set another port"
+            ) from error
+    root = Path(config.run_root).resolve()
+    existing = next(folder for folder in (root, *root.parents) if folder.exists())
+    free = shutil.disk_usage(existing).free // 2**20
+    if free < FREE_DISK_MIB:
+        raise ConfigError(
+            f"run_root={config.run_root!r} has {free} MiB free, at least {FREE_DISK_MIB} are needed; free some or move it"
+        )
+
+
+def join_ray() -> bool:
+    """Connect to the cluster named by RAY_ADDRESS, or start one on this machine; true if it was started here."""
+    os.environ.update({key: value for key, value in _QUIET.items() if key not in os.environ})
+    # Processes find this very package, installed or not.
+    environment = {"env_vars": {key: os.environ[key] for key in _QUIET}}
+    options: dict[str, Any] = {"namespace": NAMESPACE, "runtime_env": environment, "logging_level": logging.ERROR}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**options)
+        return False
+    ray.init(address="local", log_to_driver=os.environ.get("CLAWRL_RAY_LOGS") == "1", **options)
+    return True
+
+
+def _here() -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def _http_options(config: Config) -> dict[str, Any]:
+    return {"host": config.gateway.host, "port": config.gateway.port, "request_timeout_s": None}
+
+
+def serve_until_stopped(config: Config, say: Callable[[str], None]) -> None:
+    """`clawrl serve`: start, then wait for Ctrl-C or SIGTERM, or for the trainer to fail for good."""
+    stopped = threading.Event()
+    _on_signals(stopped.set)
+    system = System.start(config, say)
+    try:
+        while not stopped.wait(0.5):
+            done, _ = ray.wait([system.training], timeout=0)
+            if done:
+                ray.get(done)  # raises what ended it
+                raise ClawrlError("the trainer ended by itself; see the run directory's logs")
+    finally:
+        say("stopping")
+        system.stop()
+        say("stopped")
+
+
+def _on_signals(stop: Callable[[], None]) -> None:
+    import signal
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop())
+
+
+def fail(error: Exception) -> int:
+    """One clear line for the person at the terminal; the exit code."""
+    print(f"clawrl: {error}", file=sys.stderr)
+    return 2 if isinstance(error, ConfigError) else 1

@@ -1,0 +1,90 @@
+"""Metric names, timers, logging and the run directory.
+
+Knows every metric clawrl exports (`METRICS`) and where a run writes. Ignores who measures. Metrics go through
+`ray.util.metrics`, so they appear at Ray's Prometheus endpoint as `ray_clawrl_<area>_<name>_<unit>`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+METRICS: dict[str, tuple[str, str]] = {
+    "gateway/requests_num": ("counter", "Requests answered, failed ones included."),
+    "gateway/failures_num": ("counter", "Requests that ended in a 5xx or a broken stream."),
+    "gateway/first_token_s": ("histogram", "Seconds from request to first streamed delta."),
+    "policy/stall_s": ("histogram", "Seconds an engine stood paused to take over a version."),
+    "policy/version_num": ("gauge", "Weight version a replica serves."),
+    "policy/canary_error_nat": ("gauge", "Largest |engine - trainer| log-probability over the canary."),
+    "judge/latency_s": ("histogram", "Seconds to judge one turn."),
+    "judge/abstentions_num": ("counter", "Judgements without a score."),
+    "collector/reward_score": ("gauge", "Running mean of judged scores."),
+    "collector/samples_num": ("counter", "Samples built."),
+    "collector/score_failures_num": ("counter", "Teacher or reference scores that failed; their term is dropped."),
+    "journal/append_s": ("histogram", "Seconds from append to durable."),
+    "buffer/size_num": ("gauge", "Samples waiting to be trained on."),
+    "buffer/dropped_num": ("counter", "Samples dropped as too old."),
+    "trainer/step_num": ("gauge", "Optimizer steps taken."),
+    "trainer/loss_value": ("gauge", "Loss of the last step."),
+    "trainer/lag_num": ("gauge", "Mean versions between sampling and training in the last batch."),
+    "versions/latest_num": ("gauge", "Newest published version."),
+}
+_LATENCY_BUCKETS_S = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30]
+
+
+@cache
+def metric(name: str) -> Any:
+    """The Ray metric object of a name in METRICS (one per process): `.set`, `.inc` or `.observe` it."""
+    from ray.util import metrics
+
+    kind, description = METRICS[name]
+    exported = "clawrl_" + name.replace("/", "_")
+    if kind == "histogram":
+        return metrics.Histogram(exported, description, boundaries=_LATENCY_BUCKETS_S)
+    return {"counter": metrics.Counter, "gauge": metrics.Gauge}[kind](exported, description)
+
+
+@contextmanager
+def timed(name: str) -> Iterator[None]:
+    """Observe the seconds a block takes in a histogram of METRICS."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        metric(name).observe(time.perf_counter() - started)
+
+
+def set_up_logging(level: int = logging.INFO) -> None:
+    """One `key=value` line per event on stderr; called by `cli` and `jobs` only."""
+    logging.basicConfig(
+        level=level, stream=sys.stderr, format="time=%(asctime)s level=%(levelname)s logger=%(name)s %(message)s"
+    )
+
+
+def new_run_directory(root: str | Path) -> Path:
+    """Make `root/<UTC time>` (with a suffix if taken) and point `root/latest` at it.
+
+    Raises OSError as the file system gives it (no space, no permission).
+    """
+    root = Path(root).resolve()
+    root.mkdir(parents=True, exist_ok=True)
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    for attempt in range(100):
+        folder = root / (stamp if attempt == 0 else f"{stamp}-{attempt}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        break
+    else:
+        raise FileExistsError(f"{root} has a hundred runs named {stamp}")
+    latest, fresh = root / "latest", root / f".latest-{folder.name}"
+    fresh.symlink_to(folder.name)
+    fresh.replace(latest)
+    return folder

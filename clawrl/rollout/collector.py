@@ -1,0 +1,277 @@
+"""The collector: judges what followed each turn, has the reply scored, and appends judgement and sample together.
+
+Knows the journal, the judge and the policy by their calls. Ignores how a judge thinks, what a trainer does and how
+advantages are computed (`samples`, `algorithms`). It is a view of the journal: killed at any moment, it comes back
+and judges whatever has no judgement yet.
+
+    journal.pairs_to_judge ──► judge ──► score (teacher per hint, reference) ──► build ──► journal.append
+       (long poll)             └── at most `concurrency` turns here ──┘     in order per user   (both at once)
+
+Order. A user's turns are judged side by side, but their samples are built and stored in the order in which their next
+states arrived (the journal's seq), because each one moves the user's running baseline. So baselines and samples depend
+on the journal alone and never on which judgement was quicker, and what a killed collector leaves of a user is a prefix.
+A slow judgement holds back later samples of the same user, for as long as two timeouts at most, and nobody else's.
+
+Failures. A call that fails because its replica is gone is repeated until `judge.timeout_s` has passed; only then does
+the turn abstain. A teacher or reference that fails drops its own term. A journal that fails is asked again until it
+answers: no judgement is thrown away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, TypeVar
+
+from ray.exceptions import RayTaskError
+
+from clawrl.algorithms.advantages import RunningBaseline
+from clawrl.algorithms.hints import with_hint
+from clawrl.config import JudgeSection, LearningSection
+from clawrl.errors import ClawrlError
+from clawrl.observe import metric
+from clawrl.rollout.samples import build_sample, needs_scores, require_complete
+from clawrl.types import Judgement, NextState, Sample, Scores, Turn
+
+log = logging.getLogger(__name__)
+
+POLL_S = 10.0
+"""One long poll of the journal."""
+FIRST_PAUSE_S, LAST_PAUSE_S = 0.05, 3.0
+"""Pauses between repeated calls double from the first to the last."""
+IN_FLIGHT_PER_SLOT = 4
+"""Turns held per judging slot: those being judged, and those judged that wait for an earlier turn of their user."""
+FORGOTTEN = 1e-6
+"""A score whose share of a running baseline is below this no longer counts."""
+
+_Answer = TypeVar("_Answer")
+
+
+class Collector:
+    """Async actor. `journal`, `judge` and `policy` are handles: `await handle.method.remote(...)`.
+
+    The judge's model is the policy's initial one: it also scores the frozen teacher and the KL reference.
+    It starts by itself, so that a restarted actor goes on without being told.
+    """
+
+    def __init__(self, journal: Any, judge: Any, policy: Any, judging: JudgeSection, learning: LearningSection) -> None:
+        self._journal, self._judge = journal, judge
+        self._teacher = judge if learning.teacher == "frozen" else policy
+        self._judging, self._learning = judging, learning
+        self._slots = asyncio.Semaphore(judging.concurrency)
+        self._turns: set[asyncio.Task[None]] = set()
+        self._newest: dict[str, asyncio.Event] = {}  # per user: set when the newest turn's judgement is durable
+        self._baseline = RunningBaseline(learning.baseline_decay)
+        self._rebuilt: set[str] = set()  # users whose baseline was read from the journal
+        self._counts: Counter[str] = Counter()
+        self._reward: float | None = None
+        self._after = 0
+        self._polling = asyncio.get_running_loop().create_task(self._poll())
+        self._polling.add_done_callback(_report_defect)
+
+    async def stats(self) -> dict[str, float | None]:
+        """Counts since the actor's start, turns in flight, and the running mean of all scores."""
+        names = ("judged", "abstained", "hints", "samples", "skipped", "teacher_failures", "reference_failures")
+        counts: dict[str, float | None] = {name: self._counts[name] for name in (*names, "retries", "build_failures")}
+        return {**counts, "in_flight": len(self._turns), "users": len(self._rebuilt), "reward": self._reward}
+
+    async def close(self) -> None:
+        """Stop at once; turns in flight have no judgement in the journal and are judged by the next collector."""
+        tasks = [self._polling, *self._turns]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # -- the flow ----------------------------------------------------------------------------------------------------
+
+    async def _poll(self) -> None:
+        most = IN_FLIGHT_PER_SLOT * self._judging.concurrency
+        while True:
+            while len(self._turns) >= most:
+                await asyncio.wait(self._turns, return_when=asyncio.FIRST_COMPLETED)
+            ask = partial(self._journal.pairs_to_judge.remote, self._after, most - len(self._turns), POLL_S)
+            for seq, turn, next_state in await self._insist(ask):
+                self._after = max(self._after, seq)
+                stored = asyncio.Event()
+                earlier, self._newest[turn.user] = self._newest.get(turn.user), stored
+                task = asyncio.create_task(self._collect(turn, next_state, earlier, stored))
+                self._turns.add(task)
+                task.add_done_callback(self._turns.discard)
+                task.add_done_callback(_report_defect)
+
+    async def _collect(
+        self, turn: Turn, next_state: NextState, earlier: asyncio.Event | None, stored: asyncio.Event
+    ) -> None:
+        """One turn from its next state to its durable judgement."""
+        try:
+            async with self._slots:
+                judgement = await self._judged(turn, next_state)
+                teacher, reference = await self._scored(turn, judgement)
+            if earlier is not None:
+                await earlier.wait()
+            sample = await self._build(turn, judgement, teacher, reference)
+            records = (judgement,) if sample is None else (judgement, sample)
+            await self._insist(partial(self._journal.append.remote, *records))
+            self._count(judgement, sample)
+        finally:
+            stored.set()
+            if self._newest.get(turn.user) is stored:
+                del self._newest[turn.user]
+
+    async def _judged(self, turn: Turn, next_state: NextState) -> Judgement:
+        """The judge's answer, or an abstention that says why there is none."""
+        started, timeout_s = time.time(), self._judging.timeout_s
+        try:
+            return await self._insist(partial(self._judge.judge.remote, turn, next_state), timeout_s=timeout_s)
+        except Exception as error:
+            log.warning("event=judge_abstains turn=%s error=%s", turn.id, type(error).__name__)
+            now = time.time()
+            return Judgement(turn.id, (), None, (), judge_version=0, seconds=now - started, error=str(error), at=now)
+
+    async def _scored(self, turn: Turn, judgement: Judgement) -> tuple[list[Scores | None], Scores | None]:
+        """The teacher's scores of the reply under each hint used, and the reference's; None where there are none."""
+        teach, refer = needs_scores(turn, judgement, self._learning)
+        hints = judgement.hints[: self._learning.max_hints] if teach else ()
+        *teacher, reference = await asyncio.gather(
+            *(self._try_score(turn, "teacher", partial(self._ask_teacher, turn, hint)) for hint in hints),
+            self._try_score(turn, "reference", partial(self._ask_reference, turn)) if refer else _nothing(),
+        )
+        return teacher, reference
+
+    async def _build(
+        self, turn: Turn, judgement: Judgement, teacher: list[Scores | None], reference: Scores | None
+    ) -> Sample | None:
+        """The turn's sample, against the baseline before it; then its score moves the baseline."""
+        if turn.user not in self._rebuilt:
+            await self._rebuild_baseline(turn.user)
+        baseline = self._baseline.value(turn.user)
+        try:
+            sample = build_sample(turn, judgement, teacher, reference, baseline, self._learning)
+        except Exception:
+            log.exception("event=build_failed turn=%s", turn.id)  # a defect: the judgement is kept, the flow goes on
+            self._counts["build_failures"] += 1
+            sample = None
+        if judgement.score is not None:
+            self._baseline.advantage(turn.user, judgement.score)
+        return sample
+
+    async def _rebuild_baseline(self, user: str) -> None:
+        """From as many of the user's last scores as still count."""
+        decay = self._learning.baseline_decay
+        limit = math.ceil(math.log(FORGOTTEN) / math.log(decay)) if decay > 0 else 1
+        scores = await self._insist(partial(self._journal.recent_scores.remote, user, limit))
+        self._baseline.rebuild(user, scores)
+        self._rebuilt.add(user)
+
+    def _count(self, judgement: Judgement, sample: Sample | None) -> None:
+        self._counts["judged"] += 1
+        self._counts["hints"] += bool(judgement.hints)
+        if judgement.score is None:
+            self._counts["abstained"] += 1
+            metric("judge/abstentions_num").inc()
+        else:
+            decay = self._learning.baseline_decay
+            before = judgement.score if self._reward is None else self._reward
+            self._reward = decay * before + (1 - decay) * judgement.score
+            metric("collector/reward_score").set(self._reward)
+        if sample is None:
+            self._counts["skipped"] += 1
+        else:
+            self._counts["samples"] += 1
+            metric("collector/samples_num").inc()
+
+    # -- asking others -----------------------------------------------------------------------------------------------
+
+    def _ask_teacher(self, turn: Turn, hint: str) -> Awaitable[Scores]:
+        hinted = tuple(with_hint(turn.messages, hint))
+        return self._teacher.score_messages.remote(
+            hinted, turn.tools, turn.template, turn.capture.completion_ids, self._learning.teacher_top
+        )
+
+    def _ask_reference(self, turn: Turn) -> Awaitable[Scores]:
+        return self._judge.score_ids.remote(turn.capture.prompt_ids, turn.capture.completion_ids, 0)
+
+    async def _try_score(self, turn: Turn, who: str, ask: Callable[[], Awaitable[Scores]]) -> Scores | None:
+        """Complete scores, or None with a count: a teacher's own refusal (too long a prompt) is not repeated."""
+        try:
+            scores = await self._insist(
+                ask, timeout_s=self._judging.timeout_s, final=(RayTaskError, ClawrlError, ValueError)
+            )
+            require_complete(scores, turn)
+        except Exception as error:
+            log.warning("event=score_failed who=%s turn=%s error=%s", who, turn.id, type(error).__name__)
+            self._counts[f"{who}_failures"] += 1
+            metric("collector/score_failures_num").inc()
+            return None
+        return scores
+
+    async def _insist(
+        self,
+        ask: Callable[[], Awaitable[_Answer]],
+        *,
+        timeout_s: float | None = None,
+        final: tuple[type[Exception], ...] = (),
+    ) -> _Answer:
+        """The answer of `ask()`, which is repeated with growing pauses until it succeeds.
+
+        Raises what `ask` raised if that is one of `final`, and TimeoutError, naming the last failure, after
+        `timeout_s` (None: never).
+        """
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        pause, failure = FIRST_PAUSE_S, "no answer"
+        while True:
+            try:
+                return await _answer(ask(), until)
+            except final:
+                raise
+            except _Late as late:
+                raise TimeoutError(f"judge.timeout_s={timeout_s:g} passed: {failure}") from late
+            except Exception as error:
+                failure = _told(error)
+            if until is not None and time.monotonic() + pause >= until:
+                raise TimeoutError(f"judge.timeout_s={timeout_s:g} passed: {failure}")
+            log.warning("event=call_repeated pause_s=%.2f error=%s", pause, failure.partition(":")[0])
+            self._counts["retries"] += 1
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LAST_PAUSE_S)
+
+
+class _Late(Exception):
+    """No answer in time."""
+
+
+async def _answer(pending: Awaitable[_Answer], until: float | None) -> _Answer:
+    """Await a Ray reference or a Serve response; a late response is cancelled, which frees its replica."""
+    left_s = None if until is None else max(0.0, until - time.monotonic())
+    deadline = asyncio.timeout(left_s)
+    try:
+        async with deadline:
+            return await pending
+    except TimeoutError as error:
+        if not deadline.expired():
+            raise
+        cancel = getattr(pending, "cancel", None)
+        if cancel is not None:
+            cancel()
+        raise _Late from error
+
+
+async def _nothing() -> None:
+    return None
+
+
+def _told(error: Exception) -> str:
+    """`Kind: first line`, of the failure itself rather than of Ray's wrapping, which adds a traceback."""
+    cause = getattr(error, "cause", None) or error
+    return f"{type(cause).__name__}: {next(iter(str(cause).splitlines()), '')[:300]}"
+
+
+def _report_defect(task: asyncio.Task[None]) -> None:
+    """Failures of others are handled where they happen; what ends a task is ours, and nothing may hide it."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("event=defect remedy='restart the collector: it takes up what has no judgement'", exc_info=error)

@@ -1,0 +1,47 @@
+"""Binds gateway, policy and judge into one Serve application; their names and shares of the machine stand here.
+
+Ignores everything inside them. `main` deploys what `build` returns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+
+from clawrl.config import Config, EngineSection
+from clawrl.serving.gateway import Gateway, api
+from clawrl.serving.judge import Judge
+from clawrl.serving.policy import Policy
+
+APPLICATION = "clawrl"
+CPU_SHARE = {"gateway": 0.1, "policy": 0.2, "judge": 0.2}
+
+
+def build(config: Config, *, store: tuple[Any, str] | None, journal: Any, status: dict[str, tuple[Any, str]]) -> Any:
+    """The Serve application. `store` is the weight store's handle and name; `status` names who tells what."""
+    hints = config.learning.method != "rl"
+    judge = _engine_deployment(Judge, "judge", config.judge).bind(config.judge, hints)
+    policy = _engine_deployment(Policy, "policy", config.policy).bind(config.policy, store)
+    gateway = serve.deployment(
+        serve.ingress(api)(Gateway),
+        name="gateway",
+        num_replicas=config.gateway.replicas,
+        max_ongoing_requests=config.gateway.max_concurrent_requests,
+        ray_actor_options={"num_cpus": CPU_SHARE["gateway"]},
+    )
+    told = {"policy": (policy, "status"), "judge": (judge, "status"), **status}
+    return gateway.bind(config.gateway, config.policy, policy, journal, told)
+
+
+def _engine_deployment(cls: type, name: str, settings: EngineSection) -> Any:
+    return serve.deployment(
+        cls,
+        name=name,
+        num_replicas=settings.replicas,
+        max_ongoing_requests=max(1024, 4 * settings.max_num_seqs),
+        health_check_period_s=5,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=5,
+        ray_actor_options={"num_cpus": CPU_SHARE[name], "num_gpus": settings.gpus_per_replica},
+    )

@@ -1,0 +1,138 @@
+"""What the engine sampled, collected as it streams by: tokens, log-probabilities, versions, and the reply message.
+
+Pure: knows the shape of vLLM's outputs and of OpenAI's chunks, imports neither. Nothing here tokenizes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from clawrl.errors import PolicyError
+from clawrl.types import Capture, Message, VersionSpan
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Finished:
+    """The last piece of a reply: what was captured."""
+
+    capture: Capture
+    model_version: int  # the newest version that sampled a token
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The engine's serving layer refused the request; `body` has OpenAI's error shape."""
+
+    status: int
+    body: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Recorder:
+    """Collects one request's engine outputs (deltas) into a Capture. `support` is k of the top-k kept."""
+
+    support: int
+    prompt_ids: list[int] = field(default_factory=list)
+    completion_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    _sampled: list[float] = field(default_factory=list)
+    _top_ids: list[list[int]] = field(default_factory=list)
+    _top_logprobs: list[list[float]] = field(default_factory=list)
+    _spans: tuple[VersionSpan, ...] = ()
+
+    def add(self, output: Any) -> None:
+        """Take one vLLM RequestOutput (delta kind) of a single completion."""
+        if not self.prompt_ids and output.prompt_token_ids is not None:
+            self.prompt_ids = list(output.prompt_token_ids)
+        completion = output.outputs[0]
+        if completion.token_ids:
+            self.completion_ids.extend(completion.token_ids)
+            self._add_logprobs(completion.logprobs, len(completion.token_ids))
+        if completion.finish_reason is not None:
+            self.finish_reason = completion.finish_reason
+            self._spans = tuple(
+                VersionSpan(int(span.version), span.start, span.end) for span in completion.weight_versions or ()
+            )
+
+    def _add_logprobs(self, flat: Any, num_tokens: int) -> None:
+        """vLLM's FlatLogprobs: per position the sampled token first, then the top-k by rank."""
+        first = len(flat.start_indices) - num_tokens
+        for start, end in zip(flat.start_indices[first:], flat.end_indices[first:], strict=True):
+            self._sampled.append(flat.logprobs[start])
+            ranked = start if end - start <= self.support else start + 1
+            self._top_ids.append(flat.token_ids[ranked : ranked + self.support])
+            self._top_logprobs.append(flat.logprobs[ranked : ranked + self.support])
+
+    def finish(self) -> Finished:
+        """The whole capture. Raises PolicyError if the engine never finished the reply.
+
+        Raises ValueError if the engine's version spans do not cover it.
+        """
+        if self.finish_reason is None:
+            raise PolicyError("the engine ended a reply without a finish reason; nothing of it was captured")
+        shape = (len(self.completion_ids), self.support)
+        capture = Capture(
+            prompt_ids=np.asarray(self.prompt_ids, np.int32),
+            completion_ids=np.asarray(self.completion_ids, np.int32),
+            logprobs=np.asarray(self._sampled, np.float32),
+            top_ids=np.asarray(self._top_ids, np.int32).reshape(shape),
+            top_logprobs=np.asarray(self._top_logprobs, np.float32).reshape(shape),
+            versions=self._spans,
+        )
+        newest = max((span.version for span in self._spans), default=0)
+        return Finished(capture, newest)
+
+
+@dataclass(slots=True)
+class ReplyAssembler:
+    """Puts streamed OpenAI chunks together into the assistant message a client would keep."""
+
+    id: str = ""
+    finish_reason: str = ""
+    _content: list[str] = field(default_factory=list)
+    _reasoning: list[str] = field(default_factory=list)
+    _calls: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def add_events(self, events: str) -> None:
+        """Take whole server-sent events (`data: {...}` and a blank line each)."""
+        for event in events.split("\n\n"):
+            if event.startswith("data: {"):
+                self.add_chunk(json.loads(event[6:]))
+
+    def add_chunk(self, chunk: dict[str, Any]) -> None:
+        self.id = chunk.get("id") or self.id
+        for choice in chunk.get("choices", ()):
+            self.finish_reason = choice.get("finish_reason") or self.finish_reason
+            delta = choice["delta"]
+            self._content.append(delta.get("content") or "")
+            self._reasoning.append(delta.get("reasoning") or delta.get("reasoning_content") or "")
+            for call in delta.get("tool_calls") or ():
+                self._add_call(call)
+
+    def _add_call(self, delta: dict[str, Any]) -> None:
+        call = self._calls.setdefault(
+            delta.get("index") or 0, {"id": "", "type": "function", "function": {"name": "", "arguments": ""}}
+        )
+        call["id"] = delta.get("id") or call["id"]
+        function = delta.get("function") or {}
+        call["function"]["name"] += function.get("name") or ""
+        call["function"]["arguments"] += function.get("arguments") or ""
+
+    def message(self) -> Message:
+        """The assistant message; content is None where only tools were called."""
+        calls = [self._calls[index] for index in sorted(self._calls)]
+        return reply_message("".join(self._content), "".join(self._reasoning), calls)
+
+
+def reply_message(content: str | None, reasoning: str | None, tool_calls: list[dict[str, Any]] | None) -> Message:
+    """An assistant message with only the keys that say something."""
+    message: Message = {"role": "assistant", "content": content or (None if tool_calls else "")}
+    if reasoning:
+        message["reasoning"] = reasoning
+    if tool_calls:
+        message["tool_calls"] = tool_calls
+    return message

@@ -1,0 +1,255 @@
+"""One vLLM engine inside a replica: started from a section, asked to generate, to score, to follow versions.
+
+Knows vLLM. Ignores HTTP, sessions, judging and training. `Engine` wraps AsyncLLM and is itself the engine client
+that vLLM's OpenAI serving classes talk to, so that every reply they stream passes `generate` here and is captured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import numpy as np
+
+from clawrl.config import EngineSection, model_path
+from clawrl.errors import PolicyError, boundary
+from clawrl.serving.capture import Recorder
+from clawrl.types import Canary, Message, Scores, Tool
+
+log = logging.getLogger(__name__)
+
+CHUNK_RATE = 400.0  # streamed chunks a second, all streams of an engine together; more tokens then share a chunk
+
+
+class Engine:
+    """AsyncLLM with capture, scoring and swaps. Attributes it does not define are AsyncLLM's."""
+
+    def __init__(self, llm: Any, renderer: Any, settings: EngineSection, support: int) -> None:
+        self._llm = llm
+        self.online_renderer = renderer
+        self._settings = settings
+        self._support = support
+        self._recorders: dict[str, Recorder] = {}
+        self.streams = 0
+        self._salt = f"v0-{uuid.uuid4().hex}"
+        self.version = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._llm, name)
+
+    # -- generating, captured ------------------------------------------------------------------------------------
+
+    def record(self, request_id: str) -> Recorder:
+        """Capture the request that will arrive under this id; the caller reads the recorder when it has ended."""
+        recorder = Recorder(self._support)
+        self._recorders[request_id] = recorder
+        return recorder
+
+    def forget(self, request_id: str) -> None:
+        """The request never reached the engine: drop its recorder."""
+        self._recorders.pop(request_id, None)
+
+    async def generate(
+        self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
+    ) -> AsyncGenerator[Any, None]:
+        """AsyncLLM.generate, with the version's cache salt, the capture's log-probabilities and paced deltas.
+
+        Pulling no faster than CHUNK_RATE lets vLLM merge the deltas that are waiting: the first token comes at
+        once, later ones share chunks when many streams run.
+        """
+        recorder = self._recorders.pop(request_id, None)
+        if recorder is not None:
+            sampling_params.logprobs = max(sampling_params.logprobs or 0, self._support)
+            sampling_params.flat_logprobs = True
+        prompt["cache_salt"] = f"{self._salt}{prompt.get('cache_salt') or ''}"
+        self.streams += 1
+        try:
+            async with aclosing(self._llm.generate(prompt, sampling_params, request_id, **options)) as outputs:
+                async for output in outputs:
+                    pulled = time.perf_counter()
+                    if recorder is not None:
+                        recorder.add(output)
+                    yield output
+                    if not output.finished:
+                        await asyncio.sleep(max(0.0, self.streams / CHUNK_RATE - (time.perf_counter() - pulled)))
+        finally:
+            self.streams -= 1
+
+    # -- scoring given tokens --------------------------------------------------------------------------------------
+
+    async def render(self, messages: Sequence[Message], tools: Sequence[Tool], template: dict[str, Any]) -> list[int]:
+        """Prompt ids of a conversation, ready for the assistant's reply, exactly as the chat API would render it.
+
+        Raises PolicyError if the model's template refuses it.
+        """
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+        request = ChatCompletionRequest(
+            messages=list(messages),  # type: ignore[arg-type]
+            tools=list(tools) or None,  # type: ignore[arg-type]
+            tool_choice="none",  # shown to the template, no parser needed
+            chat_template_kwargs=template or None,
+        )
+        with boundary(PolicyError, "cannot render the conversation"):
+            rendered = await self.online_renderer.render_chat(request)
+        if not isinstance(rendered, tuple):
+            raise PolicyError(f"cannot render the conversation: {rendered.error.message}")
+        return list(rendered[1][0]["prompt_token_ids"])
+
+    async def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int], top: int) -> Scores:
+        """Log-probabilities of `completion_ids` [T] after `prompt_ids`, with the `top` best tokens at each position.
+
+        Raises PolicyError if both together leave no room in the context.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        token_ids = [int(token) for token in (*prompt_ids, *completion_ids)]
+        limit = self._settings.max_model_len - 1
+        if len(token_ids) > limit or not len(prompt_ids):
+            raise PolicyError(f"cannot score {len(token_ids)} tokens; between a prompt of 1 and {limit} in all fit")
+        version = self.version
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            prompt_logprobs=top,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        flat = None
+        async for output in self._llm.generate(
+            {"prompt_token_ids": token_ids, "cache_salt": self._salt}, params, f"score-{uuid.uuid4().hex}"
+        ):
+            flat = output.prompt_logprobs
+        return _scores(flat, len(prompt_ids), len(token_ids), top, version)
+
+    async def canary_logprobs(self, canary: Canary) -> tuple[np.ndarray, ...]:
+        """The engine's log-probabilities of the canary's tokens after the first of each sequence."""
+        scored = await asyncio.gather(*(self.score(ids[:1], ids[1:], 0) for ids in canary.token_ids))
+        return tuple(scores.logprobs for scores in scored)
+
+    # -- versions ----------------------------------------------------------------------------------------------------
+
+    async def join_store(self, address: str, namespace: str, store: str) -> None:
+        """Let the engine's workers find the weight store, and label the weights it has as version 0."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        place = {"address": address, "namespace": namespace, "store": store}
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=place))
+
+    async def take_over(self, version: int, num_buckets: int) -> float:
+        """Swap the weights under the running requests, which stay where they are; returns the pause in ms.
+
+        Requests that arrive from the pause on carry a new cache salt, so no block of older weights is reused.
+        """
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        started = time.perf_counter()
+        await self._llm.pause_generation(mode="keep", clear_cache=False)
+        try:
+            self._salt = f"v{version}-{uuid.uuid4().hex}"
+            await self._llm.start_weight_update()
+            await self._llm.update_weights(
+                WeightTransferUpdateRequest(update_info={"version": version, "num_buckets": num_buckets})
+            )
+            await self._llm.finish_weight_update(str(version))
+            self.version = version
+        finally:
+            await self._llm.resume_generation()
+        return 1000 * (time.perf_counter() - started)
+
+
+async def start_engine(
+    settings: EngineSection,
+    *,
+    support: int = 0,
+    weight_transfer: bool = False,
+    tool_parser: str | None = None,
+    reasoning_parser: str | None = None,
+) -> Engine:
+    """Bring an engine up and warm, every path that will be used compiled. Takes half a minute on a CPU.
+
+    Raises PolicyError naming the model when vLLM cannot load it.
+    """
+    _set_environment(settings)
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from clawrl.serving.weight_transfer import BACKEND
+
+    path = model_path(settings.model)
+    arguments = AsyncEngineArgs(
+        model=path,
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        tensor_parallel_size=max(1, int(settings.gpus_per_replica)),
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30) if settings.gpus_per_replica == 0 else None,
+        enforce_eager=settings.enforce_eager,
+        disable_log_stats=True,
+        max_logprobs=128,
+        weight_transfer_config={"backend": BACKEND} if weight_transfer else None,  # type: ignore[arg-type]
+    )
+    try:
+        llm = AsyncLLM.from_engine_args(arguments)
+    except Exception as error:
+        raise PolicyError(f"vLLM cannot start model {settings.model!r}: {error}") from error
+    await llm.update_weight_version("0")  # every sampled token carries a number, version 0 is the model as configured
+    engine = Engine(llm, _renderer(llm, tool_parser, reasoning_parser), settings, support)
+    engine.record("warm-up")
+    async for _ in engine.generate({"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=2), "warm-up"):
+        pass
+    await asyncio.gather(*(engine.score([1, 2], [3, 4], top) for top in (0, support)))
+    return engine
+
+
+def _renderer(llm: Any, tool_parser: str | None, reasoning_parser: str | None) -> Any:
+    """vLLM's renderer of chat requests: templates, tools, content parts."""
+    from vllm.renderers.online_renderer import OnlineRenderer
+
+    renderer = OnlineRenderer(
+        model_config=llm.model_config,
+        renderer=llm.renderer,
+        request_logger=None,
+        chat_template=None,
+        chat_template_content_format="auto",
+        enable_auto_tools=tool_parser is not None,
+        tool_parser=tool_parser,
+        reasoning_parser=reasoning_parser,
+    )
+    renderer.warmup()
+    return renderer
+
+
+def _scores(flat: Any, start: int, end: int, top: int, version: int) -> Scores:
+    """Rows [start, end) of vLLM's flat prompt log-probabilities: the token itself first, then the top by rank."""
+    first = np.asarray(flat.start_indices[start:end])
+    width = np.asarray(flat.end_indices[start:end]) - first
+    token_ids, logprobs = np.asarray(flat.token_ids), np.asarray(flat.logprobs, np.float32)
+    ranked = np.where(width > top, first + 1, first)[:, None] + np.arange(top)
+    return Scores(logprobs[first], token_ids[ranked].astype(np.int32), logprobs[ranked], version)
+
+
+def _set_environment(settings: EngineSection) -> None:
+    """What vLLM reads from the environment, set before it is imported; its processes inherit the niceness."""
+    if settings.nice:
+        os.nice(settings.nice)
+    os.environ.update(
+        VLLM_NO_USAGE_STATS="1",
+        DO_NOT_TRACK="1",
+        VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+    )
+    if settings.gpus_per_replica == 0:
+        os.environ.update(
+            VLLM_CPU_OMP_THREADS_BIND="nobind",
+            OMP_NUM_THREADS=str(settings.threads),
+        )

@@ -1,0 +1,279 @@
+"""The door: OpenAI's routes, one capture path for people and environments.
+
+Knows HTTP, sessions and the journal's calls. Ignores engines and training. One request:
+
+    validate ─► pair (the earlier turn gets its next state) ─► policy.chat ─► stream deltas to the client
+                                                                   └► Finished ─► journal.append(Turn) ─► [DONE]
+
+The turn is durable before the reply's last byte.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from clawrl.config import GatewaySection, PolicySection
+from clawrl.errors import ClawrlError, GatewayError
+from clawrl.observe import metric
+from clawrl.serving.capture import Finished, Refused, ReplyAssembler, reply_message
+from clawrl.serving.sessions import Identity, continuation, digest, identify
+from clawrl.types import Message, NextState, Turn
+
+log = logging.getLogger(__name__)
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+DONE = "data: [DONE]\n\n"
+
+api = FastAPI(title="clawrl", docs_url=None, redoc_url=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a turn stands: its session and its position in it."""
+
+    session: str
+    index: int
+
+
+class Gateway:
+    """One replica; `serving/app.py` makes it a Serve ingress over `api`.
+
+    `policy` and `journal` are handles; `status` maps a name to the handle and method that answer under it.
+    """
+
+    def __init__(
+        self,
+        settings: GatewaySection,
+        policy_settings: PolicySection,
+        policy: Any,
+        journal: Any,
+        status: dict[str, tuple[Any, str]],
+    ) -> None:
+        self._settings = settings
+        self._policy_settings = policy_settings
+        self._policy = policy
+        self._stream = policy.options(stream=True)
+        self._journal = journal
+        self._status = status
+
+    # -- routes ------------------------------------------------------------------------------------------------------
+
+    @api.get("/healthz")
+    async def healthz(self) -> Response:
+        """200 once a policy replica answers."""
+        policy = await self._policy.status.remote()
+        return JSONResponse({"status": "ok", "version": policy["version"]})
+
+    @api.get("/status")
+    async def status(self) -> Response:
+        """Versions, buffer, collector and journal counts."""
+        names = list(self._status)
+        calls = [getattr(handle, method).remote() for handle, method in self._status.values()]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        shown = {
+            name: {"error": str(answer)} if isinstance(answer, BaseException) else answer
+            for name, answer in zip(names, answers, strict=True)
+        }
+        return JSONResponse(shown)
+
+    @api.get("/v1/models")
+    async def models(self) -> Response:
+        settings = self._policy_settings
+        card = {
+            "id": settings.served_name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "clawrl",
+            "root": settings.model,
+            "max_model_len": settings.max_model_len,
+        }
+        return JSONResponse({"object": "list", "data": [card]})
+
+    @api.post("/v1/chat/completions")
+    async def chat_completions(self, request: Request) -> Response:
+        arrived = time.time()
+        metric("gateway/requests_num").inc()
+        try:
+            body = await read_json(request, self._settings.max_body_mib)
+            validate_chat(body, self._policy_settings)
+            identity = identify(request.headers, body)
+            return await self._answer(body, identity, arrived)
+        except GatewayError as error:
+            return JSONResponse(error.body(), status_code=error.status)
+        except Exception as error:
+            metric("gateway/failures_num").inc()
+            log.exception("event=request_failed")
+            failure = GatewayError(f"the policy cannot answer now ({type(error).__name__}); try again", status=503)
+            return JSONResponse(failure.body(), status_code=503)
+
+    # -- one request ---------------------------------------------------------------------------------------------------
+
+    async def _answer(self, body: dict[str, Any], identity: Identity, arrived: float) -> Response:
+        pieces = self._stream.chat.remote(body, uuid.uuid4().hex)
+        first = await anext(pieces)
+        if isinstance(first, Refused):
+            return JSONResponse(first.body, status_code=first.status)
+        placing = asyncio.create_task(self._place(body["messages"], identity))  # while the reply is written
+        metric("gateway/first_token_s").observe(time.time() - arrived)
+        if body.get("stream"):
+            events = self._events(body, identity, placing, first, pieces, arrived)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        answer = json.loads(first)
+        choice = answer["choices"][0]
+        message = choice["message"]
+        reply = reply_message(message.get("content"), message.get("reasoning"), message.get("tool_calls"))
+        finished = await anext(pieces)
+        turn = _turn(body, identity, await placing, answer["id"], reply, choice["finish_reason"], finished, arrived)
+        await self._journal.append.remote(turn)
+        return Response(first, media_type="application/json")
+
+    async def _events(
+        self,
+        body: dict[str, Any],
+        identity: Identity,
+        placing: asyncio.Task[Place],
+        first: str,
+        pieces: AsyncIterator[Any],
+        arrived: float,
+    ) -> AsyncIterator[str]:
+        """The server-sent events of one reply; a failure on the way is an error event, never a silent end."""
+        assembler = ReplyAssembler()
+        try:
+            assembler.add_events(first)
+            yield first
+            async for piece in pieces:
+                if isinstance(piece, Finished):
+                    reply, reason = assembler.message(), assembler.finish_reason
+                    turn = _turn(body, identity, await placing, assembler.id, reply, reason, piece, arrived)
+                    await self._journal.append.remote(turn)
+                else:
+                    assembler.add_events(piece)
+                    yield piece
+            yield DONE
+        except Exception as error:
+            metric("gateway/failures_num").inc()
+            log.exception("event=stream_failed")
+            shown = str(error) if isinstance(error, ClawrlError) else type(error).__name__
+            yield f"data: {json.dumps(GatewayError(f'the reply broke off: {shown}; try again', status=503).body())}\n\n"
+
+    async def _place(self, messages: list[Message], identity: Identity) -> Place:
+        """Find the turn this request continues and give it its next state; side calls stand alone."""
+        fresh_session = Place(identity.session or f"session-{uuid.uuid4().hex}", 0)
+        if identity.kind == "side":
+            return fresh_session
+        seen = continuation(messages)
+        found = None
+        if seen.history is not None:
+            found = await self._journal.open_turn.remote(identity.user, seen.history)
+            if found is not None and identity.session not in (None, found[1]):
+                found = None
+        if found is None and identity.session is not None:
+            last = await self._journal.last_turn.remote(identity.user, identity.session)
+            found = last[:3] if last is not None else None
+        if found is None:
+            return fresh_session
+        turn, session, index = found
+        if seen.history is not None and seen.fresh:
+            await self._journal.append.remote(NextState(turn, seen.role, seen.fresh, False, time.time()))
+        return Place(session, index + 1)
+
+
+async def read_json(request: Request, max_mib: int) -> dict[str, Any]:
+    """The request's JSON object. Raises GatewayError for a wrong content type, size, or anything but an object."""
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "application/json":
+        raise GatewayError(f"content type {kind or '(none)'!r} is not served; send application/json", status=415)
+    limit = max_mib * 2**20
+    if int(request.headers.get("content-length") or 0) > limit:
+        raise GatewayError(f"the body is larger than {max_mib} MiB; send less history", status=413)
+    raw = await request.body()
+    if len(raw) > limit:
+        raise GatewayError(f"the body is larger than {max_mib} MiB; send less history", status=413)
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise GatewayError(f"the body is not valid JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise GatewayError("the body must be a JSON object")
+    return body
+
+
+def validate_chat(body: dict[str, Any], settings: PolicySection) -> None:
+    """What must hold before anything is journalled or generated. Raises GatewayError naming the value and remedy.
+
+    Everything else about a chat request is checked by the engine's own OpenAI layer.
+    """
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise GatewayError("messages must be a list with at least one message", param="messages")
+    for position, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ROLES:
+            raise GatewayError(
+                f"messages[{position}].role is {role!r}; use one of {', '.join(ROLES)}",
+                param=f"messages[{position}].role",
+            )
+    model = body.setdefault("model", settings.served_name)
+    if model != settings.served_name:
+        raise GatewayError(
+            f"model {model!r} is not served here; use {settings.served_name!r}",
+            status=404,
+            param="model",
+            code="model_not_found",
+        )
+    for key in ("max_tokens", "max_completion_tokens"):
+        limit = body.get(key)
+        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit <= 0):
+            raise GatewayError(f"{key}={limit!r} is not a positive whole number", param=key)
+    temperature = body.get("temperature")
+    if temperature is not None and not (_is_number(temperature) and 0 <= temperature <= 2):
+        raise GatewayError(f"temperature={temperature!r} is outside 0 to 2", param="temperature")
+    if body.get("n") not in (None, 1):
+        raise GatewayError(f"n={body['n']!r} is not served; send n requests of n=1", param="n")
+    if body.get("stream") not in (None, True, False):
+        raise GatewayError(f"stream={body['stream']!r} is neither true nor false", param="stream")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _turn(
+    body: dict[str, Any],
+    identity: Identity,
+    place: Place,
+    response_id: str,
+    reply: Message,
+    finish_reason: str,
+    finished: Finished,
+    arrived: float,
+) -> Turn:
+    messages = body["messages"]
+    return Turn(
+        id=response_id,
+        user=identity.user,
+        session=place.session,
+        index=place.index,
+        kind=identity.kind,
+        source=identity.source,
+        group=identity.group,
+        messages=tuple(messages),
+        tools=tuple(body.get("tools") or ()),
+        template=dict(body.get("chat_template_kwargs") or {}),
+        reply=reply,
+        finish_reason=finish_reason,
+        conversation=digest([*messages, reply]),
+        capture=finished.capture,
+        started=arrived,
+        ended=time.time(),
+    )

@@ -1,0 +1,99 @@
+"""The judge replica: a frozen model that votes on replies, writes hints, and scores tokens as the teacher.
+
+Knows the engine and the two questions of `judging`. Ignores the journal, baselines and samples: the collector asks,
+a `Judgement` comes back. It holds the initial weights for good, so it is also the frozen teacher and the reference.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from typing import Any
+
+import numpy as np
+
+from clawrl.config import JudgeSection
+from clawrl.errors import JudgeError, boundary
+from clawrl.observe import metric
+from clawrl.serving import judging
+from clawrl.serving.engine import start_engine
+from clawrl.types import Judgement, Message, NextState, Scores, Tool, Turn
+
+log = logging.getLogger(__name__)
+
+
+class Judge:
+    """One replica."""
+
+    async def __init__(self, settings: JudgeSection, hints: bool) -> None:
+        """`hints` false asks for votes only (a method that distils nothing needs no hints)."""
+        self._settings = settings
+        self._hints = hints
+        self._prompts = judging.load_prompts(settings.prompts)
+        self._engine = await start_engine(settings)
+
+    async def judge(self, turn: Turn, next_state: NextState) -> Judgement:
+        """Votes and hints for one turn, m of each, asked side by side.
+
+        Raises JudgeError when the engine fails; an answer that cannot be read is a vote of None.
+        """
+        started = time.perf_counter()
+        evidence = (self._prompts, turn.messages, turn.reply, next_state)
+        questions = [self._ask(judging.evaluative(*evidence))]
+        if self._hints:
+            questions.append(self._ask(judging.directive(*evidence)))
+        with boundary(JudgeError, f"judging turn {turn.id}"):
+            answers = await asyncio.gather(*questions)
+        votes = tuple(judging.parse_vote(text) for text in answers[0])
+        hints = judging.dedupe_hints(judging.parse_hint(text) for text in answers[1]) if self._hints else ()
+        score = judging.plurality(votes)
+        seconds = time.perf_counter() - started
+        metric("judge/latency_s").observe(seconds)
+        return Judgement(turn.id, votes, score, hints, self._engine.version, seconds, None, time.time())
+
+    async def score_ids(self, prompt_ids: np.ndarray, completion_ids: np.ndarray, top: int) -> Scores:
+        return await self._engine.score(prompt_ids.tolist(), completion_ids.tolist(), top)
+
+    async def score_messages(
+        self,
+        messages: tuple[Message, ...],
+        tools: tuple[Tool, ...],
+        template: dict[str, Any],
+        completion_ids: np.ndarray,
+        top: int,
+    ) -> Scores:
+        prompt_ids = await self._engine.render(messages, tools, template)
+        return await self._engine.score(prompt_ids, completion_ids.tolist(), top)
+
+    async def status(self) -> dict[str, Any]:
+        return {"model": self._settings.model, "streams": self._engine.streams}
+
+    async def check_health(self) -> None:
+        await self._engine.check_health()
+
+    async def _ask(self, messages: list[Message]) -> list[str]:
+        """m sampled answers to one question; the prompt is read once."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        settings = self._settings
+        prompt_ids = await self._engine.render(messages, (), {})
+        room = settings.max_model_len - len(prompt_ids)
+        if room < 8:
+            raise JudgeError(
+                f"the judge's question has {len(prompt_ids)} tokens; raise judge.max_model_len={settings.max_model_len}"
+            )
+        params = SamplingParams(
+            n=settings.votes,
+            temperature=settings.temperature,
+            max_tokens=min(settings.max_verdict_tokens, room),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        final = None
+        async for output in self._engine.generate(
+            {"prompt_token_ids": prompt_ids}, params, f"judge-{uuid.uuid4().hex}"
+        ):
+            final = output
+        return [completion.text for completion in final.outputs] if final is not None else []

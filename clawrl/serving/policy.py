@@ -1,0 +1,212 @@
+"""The policy replica: vLLM behind its own OpenAI serving classes, capturing every reply, following the versions.
+
+Knows the engine and the weight store's calls (`wait`, `bucket`, `report`). Ignores HTTP, users, sessions and the
+journal: the gateway calls `chat` and gets the stream of server-sent events followed by what was captured.
+
+    store.wait ──► fetch buckets ──► pause · load · resume ──► canary ──► store.report
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+import ray
+
+from clawrl.config import PolicySection
+from clawrl.errors import PolicyError
+from clawrl.observe import metric
+from clawrl.serving.capture import Finished, Recorder, Refused
+from clawrl.serving.engine import Engine, start_engine
+from clawrl.types import Canary, Message, Publication, Scores, Swap, Tool
+
+log = logging.getLogger(__name__)
+
+WAIT_S = 30.0  # one long poll for the next version
+
+
+class Policy:
+    """One replica. `store` is the weight store's handle and name, or None for weights that never change."""
+
+    async def __init__(self, settings: PolicySection, store: tuple[Any, str] | None) -> None:
+        context = ray.get_runtime_context()
+        self.replica = context.get_actor_id() or "local"
+        self._settings = settings
+        self._engine = await start_engine(
+            settings,
+            support=settings.support,
+            weight_transfer=store is not None,
+            tool_parser=settings.tool_parser,
+            reasoning_parser=settings.reasoning_parser,
+        )
+        self._chat = _openai_chat(self._engine, settings)
+        self._failure: Exception | None = None
+        self._canary_logprobs: tuple[np.ndarray, ...] | None = None
+        if store is not None:
+            self._store, name = store
+            await self._engine.join_store(context.gcs_address, context.namespace, name)
+            await self._follow(timeout_s=1.0)  # a late replica serves the latest version from its first reply
+            self._following = asyncio.create_task(self._follow_for_ever())
+
+    # -- what the gateway and the collector call -------------------------------------------------------------------
+
+    async def chat(self, body: dict[str, Any], request_id: str) -> AsyncIterator[str | Refused | Finished]:
+        """Answer one chat request: pieces of text, then Finished; or a single Refused.
+
+        Streamed, the pieces are server-sent events without the final `[DONE]`; otherwise one piece is the JSON body.
+        """
+        from pydantic import ValidationError
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+        try:
+            request = ChatCompletionRequest.model_validate({**body, "request_id": request_id})
+        except ValidationError as error:
+            yield _refused_validation(error)
+            return
+        recorder = self._engine.record(f"chatcmpl-{request_id}")
+        try:
+            async for piece in self._answer(request, recorder):
+                yield piece
+        finally:
+            self._engine.forget(f"chatcmpl-{request_id}")
+
+    async def _answer(self, request: Any, recorder: Recorder) -> AsyncIterator[str | Refused | Finished]:
+        try:
+            answer = await self._chat.create_chat_completion(request)
+        except Exception as error:
+            yield _refused(error)
+            return
+        if hasattr(answer, "error"):
+            yield _refused(answer)
+        elif not request.stream:
+            yield answer.model_dump_json()
+            yield recorder.finish()
+        else:
+            async for event in answer:
+                if not event.startswith("data: [DONE]"):
+                    yield event
+            yield recorder.finish()
+
+    async def score_ids(self, prompt_ids: np.ndarray, completion_ids: np.ndarray, top: int) -> Scores:
+        return await self._engine.score(prompt_ids.tolist(), completion_ids.tolist(), top)
+
+    async def score_messages(
+        self,
+        messages: tuple[Message, ...],
+        tools: tuple[Tool, ...],
+        template: dict[str, Any],
+        completion_ids: np.ndarray,
+        top: int,
+    ) -> Scores:
+        prompt_ids = await self._engine.render(messages, tools, template)
+        return await self._engine.score(prompt_ids, completion_ids.tolist(), top)
+
+    async def status(self) -> dict[str, Any]:
+        return {"replica": self.replica, "version": self._engine.version, "streams": self._engine.streams}
+
+    async def check_health(self) -> None:
+        """Asked by Serve; a replica whose engine died or whose weights are uncertain is replaced."""
+        if self._failure is not None:
+            raise PolicyError(f"replica {self.replica} cannot serve: {self._failure}")
+        await self._engine.check_health()
+
+    # -- following the versions ------------------------------------------------------------------------------------
+
+    async def _follow_for_ever(self) -> None:
+        while self._failure is None:
+            try:
+                await self._follow(timeout_s=WAIT_S)
+            except ray.exceptions.RayActorError as error:
+                log.warning("event=store_unreachable replica=%s error=%s", self.replica, type(error).__name__)
+                await asyncio.sleep(1.0)
+            except Exception as error:
+                log.exception("event=swap_failed replica=%s", self.replica)
+                self._failure = error
+
+    async def _follow(self, timeout_s: float) -> None:
+        publication: Publication | None = await self._store.wait.remote(self.replica, self._engine.version, timeout_s)
+        if publication is None or publication.number == self._engine.version:
+            return
+        swap = await self._take_over(publication)
+        await self._store.report.remote(swap)
+
+    async def _take_over(self, publication: Publication) -> Swap:
+        if self._canary_logprobs is None:
+            self._canary_logprobs = await self._engine.canary_logprobs(publication.canary)
+        before = self._canary_logprobs
+        for index in range(publication.num_buckets):  # bring them to this machine before anything is paused
+            (ref,) = await self._store.bucket.remote(publication.number, index)
+            await asyncio.to_thread(ray.wait, [ref], fetch_local=True)
+        stall_ms = await self._engine.take_over(publication.number, publication.num_buckets)
+        after = self._canary_logprobs = await self._engine.canary_logprobs(publication.canary)
+        error, moved = _largest_gap(after, publication.canary.logprobs), _largest_gap(after, before)
+        metric("policy/stall_s").observe(stall_ms / 1000)
+        metric("policy/version_num").set(publication.number)
+        metric("policy/canary_error_nat").set(error)
+        log.info(
+            "event=swap version=%d stall_ms=%.1f canary_error=%.2g canary_moved=%.2g",
+            publication.number,
+            stall_ms,
+            error,
+            moved,
+        )
+        return Swap(publication.number, self.replica, stall_ms, error, moved, time.time())
+
+
+def _largest_gap(left: Any, right: Any) -> float:
+    return float(max(np.abs(a - b).max() for a, b in zip(left, right, strict=True)))
+
+
+def _openai_chat(engine: Engine, settings: PolicySection) -> Any:
+    """vLLM's own chat-completions handler over our engine: templates, tools, reasoning, deltas, errors."""
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.models.protocol import BaseModelPath
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+
+    client: Any = engine
+    models = OpenAIServingModels(
+        engine_client=client,
+        base_model_paths=[BaseModelPath(name=settings.served_name, model_path=settings.model)],
+    )
+    chat = OpenAIServingChat(
+        client,
+        models,
+        "assistant",
+        online_renderer=engine.online_renderer,
+        request_logger=None,
+        chat_template=None,
+        chat_template_content_format="auto",
+        enable_auto_tools=settings.tool_parser is not None,
+        tool_parser=settings.tool_parser,
+        reasoning_parser=settings.reasoning_parser or "",
+        enable_prompt_tokens_details=True,
+    )
+    chat.default_sampling_params = {
+        **chat.default_sampling_params,
+        "temperature": settings.temperature,
+        "max_tokens": settings.max_reply_tokens,
+    }
+    return chat
+
+
+def _refused(error: Any) -> Refused:
+    """vLLM's ErrorResponse, or an exception it would turn into one, in OpenAI's shape."""
+    from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+
+    response = error if hasattr(error, "error") else create_error_response(error)
+    status = int(response.error.code)
+    kind = "server_error" if status >= 500 else "not_found_error" if status == 404 else "invalid_request_error"
+    code = "context_length_exceeded" if "maximum context length" in response.error.message else None
+    body = {"message": response.error.message, "type": kind, "param": response.error.param, "code": code}
+    return Refused(status, {"error": body})
+
+
+def _refused_validation(error: Any) -> Refused:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or None
+    message = f"{where or 'request'}: {first['msg']}"
+    return Refused(400, {"error": {"message": message, "type": "invalid_request_error", "param": where, "code": None}})

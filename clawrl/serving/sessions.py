@@ -1,0 +1,102 @@
+"""Who continues whom: a request's identity, and the conversation it continues, told from its content.
+
+Pure: no I/O, no engine. The gateway looks the digests up in the journal.
+
+    messages:   system  user  assistant  user            ── the request
+                └─────── history ──────┘ └─ fresh ─┘
+    digest(history) = Turn.conversation of the turn it continues; fresh = that turn's next state
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from clawrl.errors import GatewayError
+from clawrl.types import Message, Role, TurnKind
+
+_UNSAID = ("system", "developer")  # clients rewrite them between turns
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a request says about itself."""
+
+    user: str
+    session: str | None  # None: to be told from the content
+    kind: TurnKind
+    source: str
+    group: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """A request seen as the continuation of an earlier reply."""
+
+    history: str | None  # digest up to and with the last assistant message; None: a first message
+    fresh: tuple[Message, ...]  # what came after it
+    role: Role
+
+
+def identify(headers: Mapping[str, str], body: Mapping[str, Any]) -> Identity:
+    """Read the identity from `X-Session-Id`, `X-Turn-Type`, `X-Source`, `X-Group` and the body's `user`.
+
+    Raises GatewayError for a turn type other than main or side.
+    """
+    kind = headers.get("x-turn-type", "main")
+    if kind not in ("main", "side"):
+        raise GatewayError(f"X-Turn-Type: {kind!r} is unknown; use main or side", param="X-Turn-Type")
+    return Identity(
+        user=str(body.get("user") or "local"),
+        session=headers.get("x-session-id") or None,
+        kind=kind,
+        source=headers.get("x-source", "chat"),
+        group=headers.get("x-group"),
+    )
+
+
+def continuation(messages: Sequence[Message]) -> Continuation:
+    """Split a request at its last assistant message."""
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+    if last is None:
+        return Continuation(None, tuple(messages), "user")
+    fresh = tuple(messages[last + 1 :])
+    said = [message for message in fresh if message["role"] not in _UNSAID]
+    role: Role = "tool" if said and all(message["role"] == "tool" for message in said) else "user"
+    return Continuation(digest(messages[: last + 1]), fresh, role)
+
+
+def digest(messages: Sequence[Message]) -> str:
+    """A conversation's digest, the same however a client replays it.
+
+    Left out: system messages, reasoning, tool-call ids; tool arguments are compared as values, content parts as text.
+    """
+    said = [_normal(message) for message in messages if message["role"] not in _UNSAID]
+    return hashlib.sha256(json.dumps(said, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+
+
+def _normal(message: Message) -> list[Any]:
+    calls = [
+        [call["function"]["name"], _arguments(call["function"].get("arguments"))]
+        for call in message.get("tool_calls") or ()
+    ]
+    return [message["role"], content_text(message.get("content")).strip(), calls]
+
+
+def content_text(content: Any) -> str:
+    """The text of a message's content: a string, a list of parts, or nothing."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    return "\n".join(str(part.get("text", f"[{part.get('type')}]")) for part in content if isinstance(part, dict))
+
+
+def _arguments(arguments: Any) -> Any:
+    try:
+        return json.loads(arguments) if isinstance(arguments, str) else arguments
+    except ValueError:
+        return arguments

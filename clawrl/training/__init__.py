@@ -1,0 +1,1 @@
+"""Training: the buffer, the trainer that empties it, and the versions it makes."""

@@ -1,0 +1,138 @@
+"""The replay buffer: the samples that wait for the trainer, handed out in batches, one lease per optimizer step.
+
+Knows batch size, lag and leases. Ignores how samples were made and what training does with them. It is a view: the
+journal holds the samples and which of them a version consumed, so a buffer that starts, or no longer knows what became
+of a lease, reads the unconsumed ones again, in their order.
+
+    journal ──(long poll)──► waiting ──take(step)──► leased ──release(step)──► forgotten
+                                │ advance(version)
+                                └──► dropped and counted: more than max_lag versions old
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from clawrl.config import BufferSection
+from clawrl.observe import metric
+from clawrl.types import Batch, Sample
+
+log = logging.getLogger(__name__)
+
+CLOSED = -1
+"""Step of the empty batch that tells the trainer to end."""
+
+_POLL_S = 30.0
+_POLL_SAMPLES = 64
+_RETRY_S = 1.0
+
+
+class ReplayBuffer:
+    """Async actor over the journal, for one trainer that takes its steps in order, each after the one before is done.
+
+    `journal` is the Journal's handle. While the journal is away (its restart), takes wait; nothing is raised.
+    """
+
+    def __init__(self, settings: BufferSection, journal: Any) -> None:
+        self._settings, self._journal = settings, journal
+        self._waiting: list[Sample] = []  # oldest first
+        self._leases: dict[int, Batch] = {}
+        self._next: int | None = None  # the step that may lease of what waits: the one before it is settled
+        self._dropped: set[str] = set()
+        self._version = 0
+        self._closed = False
+        self._changed = asyncio.Condition()
+        self._filling = asyncio.create_task(self._fill())
+
+    async def take(self, step: int, timeout_s: float) -> Batch | None:
+        """The batch of an optimizer step, the same one each time it is asked for; None if too few samples come in time.
+
+        Asking for a step says that no other is in work: what an unreleased lease holds is either consumed by now, which
+        the journal knows, or waits again. After `close` the batch is empty and its step is CLOSED.
+        """
+        if step not in self._leases and step != self._next:
+            self._rebuild()
+            self._next = step
+        try:
+            async with asyncio.timeout(timeout_s), self._changed:
+                await self._changed.wait_for(lambda: self._ready(step))
+                return self._lease(step)
+        except TimeoutError:
+            return None
+
+    async def release(self, step: int) -> None:
+        """The journal has recorded the version that consumed this step's batch."""
+        if self._leases.pop(step, None) is not None:
+            self._next = step + 1
+
+    async def advance(self, version: int) -> None:
+        """The trainer is at `version`: drop what is too old for it."""
+        self._version = version
+        self._set_waiting(self._waiting)
+
+    async def stats(self) -> dict[str, int | None]:
+        """Samples waiting (`size`), leased and dropped since the start, and the oldest version among the waiting."""
+        oldest = min((sample.oldest_version for sample in self._waiting), default=None)
+        leased = sum(len(batch.samples) for batch in self._leases.values())
+        return {"size": len(self._waiting), "leased": leased, "dropped": len(self._dropped), "oldest_version": oldest}
+
+    async def close(self) -> None:
+        """Every take, waiting ones too, answers CLOSED from now on."""
+        self._closed = True
+        self._filling.cancel()
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _ready(self, step: int) -> bool:
+        return self._closed or step in self._leases or len(self._waiting) >= self._settings.batch_size
+
+    def _lease(self, step: int) -> Batch:
+        if self._closed:
+            return Batch(CLOSED)
+        if step not in self._leases:
+            size = self._settings.batch_size
+            self._leases[step] = Batch(step, tuple(self._waiting[:size]))
+            self._set_waiting(self._waiting[size:])
+        return self._leases[step]
+
+    def _set_waiting(self, samples: list[Sample]) -> None:
+        """Keep those of `samples` that are young enough, drop and count the others."""
+        oldest = self._version - self._settings.max_lag
+        self._waiting = [sample for sample in samples if sample.newest_version >= oldest]
+        metric("buffer/size_num").set(len(self._waiting))
+        dropped = {sample.id for sample in samples if sample.newest_version < oldest} - self._dropped
+        if dropped:
+            self._dropped |= dropped
+            metric("buffer/dropped_num").inc(len(dropped))
+            log.info("event=samples_dropped number=%d version=%d", len(dropped), self._version)
+
+    def _rebuild(self) -> None:
+        """Forget leases and samples, and read the journal again from its beginning."""
+        if self._leases:
+            log.warning("event=leases_abandoned steps=%s", sorted(self._leases))
+        self._filling.cancel()
+        self._leases.clear()
+        self._set_waiting([])
+        self._filling = asyncio.create_task(self._fill())
+
+    async def _fill(self) -> None:
+        """Follow the journal's unconsumed samples; a journal that fails is asked again, for ever."""
+        after: int | None = None
+        while True:
+            try:
+                if after is None:
+                    versions = await self._journal.versions.remote()
+                    self._version = max(self._version, *(version.number for version in versions), 0)
+                    after = 0
+                found = await self._journal.samples_to_train.remote(after, _POLL_SAMPLES, _POLL_S)
+            except Exception as error:
+                log.warning("event=journal_unreachable error=%s retry_s=%g", type(error).__name__, _RETRY_S)
+                await asyncio.sleep(_RETRY_S)
+                continue
+            if found:
+                after = found[-1][0]
+                self._set_waiting(self._waiting + [sample for _, sample in found])
+                async with self._changed:
+                    self._changed.notify_all()

@@ -1,0 +1,158 @@
+"""Checkpoints on disk: a Hugging Face folder per version, written once and read as transfer buckets.
+
+Knows the safetensors format (8-byte header length, JSON header, raw tensors), which needs no torch. Ignores versions'
+states and who reads. A folder appears whole or not at all, and is on the disk when `write_checkpoint` returns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from clawrl.config import model_path
+from clawrl.errors import WeightSyncError, boundary
+from clawrl.types import Bucket, Canary
+
+_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_CARRIERS = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
+_NAMES = {code: name for name, code in _CODES.items()}
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+_CANARY = "canary.npz"
+
+
+def model_folder(model: str) -> Path:
+    """The folder of a model given as in the config: `clawrl:tiny`, a folder, or a name in the Hugging Face cache."""
+    if Path(found := model_path(model)).is_dir():
+        return Path(found)
+    from huggingface_hub import snapshot_download
+
+    with boundary(WeightSyncError, f"model {model!r} is neither a folder nor in the Hugging Face cache"):
+        return Path(snapshot_download(model, local_files_only=True))
+
+
+def write_checkpoint(folder: Path, buckets: Sequence[Bucket], base: Path, canary: Canary | None = None) -> None:
+    """Write buckets as safetensors next to the base model's configuration and tokenizer files.
+
+    Durable on return: files and folder are synchronised, the folder renamed into place. An older folder of the same
+    name, left by a crash before its version was recorded, is replaced.
+    """
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    for file in base.iterdir():
+        if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES) and not file.name.startswith("."):
+            shutil.copyfile(file, unfinished / file.name)
+    count = len(buckets)
+    files = [
+        f"model-{i + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors" for i in range(count)
+    ]
+    for file, bucket in zip(files, buckets, strict=True):
+        _write_safetensors(unfinished / file, bucket)
+    if count > 1:
+        _write_index(unfinished, files, buckets)
+    if canary is not None:
+        write_canary(unfinished, canary)
+    _synchronise(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+    _synchronise(folder.parent)
+
+
+def read_buckets(folder: Path, bucket_bytes: int) -> Iterator[Bucket]:
+    """The tensors of a checkpoint as buckets of at most `bucket_bytes`, mapped from disk, in the files' order."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise WeightSyncError(f"checkpoint {folder} has no *.safetensors file; restore the folder or roll back")
+    names: list[str] = []
+    arrays: list[np.ndarray] = []
+    codes: list[str] = []
+    size = 0
+    for file in files:
+        for name, code, array in _read_safetensors(file):
+            if names and size + array.nbytes > bucket_bytes:
+                yield _bucket(names, codes, arrays)
+                names, codes, arrays, size = [], [], [], 0
+            names.append(name)
+            codes.append(code)
+            arrays.append(array)
+            size += array.nbytes
+    yield _bucket(names, codes, arrays)
+
+
+def write_canary(folder: Path, canary: Canary) -> None:
+    """Keep a version's canary in its folder, made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {f"token_ids_{i}": ids for i, ids in enumerate(canary.token_ids)}
+    arrays |= {f"logprobs_{i}": logprobs for i, logprobs in enumerate(canary.logprobs)}
+    np.savez(folder / _CANARY, **arrays)  # pyright: ignore[reportArgumentType]
+
+
+def read_canary(folder: Path) -> Canary | None:
+    """The canary kept in a version's folder, if there is one."""
+    if not (folder / _CANARY).is_file():
+        return None
+    with np.load(folder / _CANARY) as arrays:
+        count = len(arrays.files) // 2
+        return Canary(
+            token_ids=tuple(arrays[f"token_ids_{i}"] for i in range(count)),
+            logprobs=tuple(arrays[f"logprobs_{i}"] for i in range(count)),
+        )
+
+
+def _bucket(names: list[str], codes: list[str], arrays: list[np.ndarray]) -> Bucket:
+    return Bucket(
+        names=tuple(names),
+        dtypes=tuple(_NAMES[code] for code in codes),
+        shapes=tuple(array.shape for array in arrays),
+        arrays=tuple(arrays),
+    )
+
+
+def _write_safetensors(file: Path, bucket: Bucket) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, array in zip(bucket.names, bucket.dtypes, bucket.arrays, strict=True):
+        start, end = end, end + array.nbytes
+        header[name] = {"dtype": _CODES[dtype], "shape": list(array.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for array in bucket.arrays:
+            out.write(np.ascontiguousarray(array).data)
+
+
+def _read_safetensors(file: Path) -> Iterator[tuple[str, str, np.ndarray]]:
+    with boundary(WeightSyncError, f"checkpoint file {file} cannot be read; restore it or roll back"):
+        with file.open("rb") as source:
+            length = int.from_bytes(source.read(8), "little")
+            header = json.loads(source.read(length))
+        content = np.asarray(np.memmap(file, np.uint8, "r"))
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if entry["dtype"] not in _CARRIERS:
+                raise WeightSyncError(f"{file}: {name} has type {entry['dtype']}; known are {', '.join(_CARRIERS)}")
+            start, end = (8 + length + offset for offset in entry["data_offsets"])
+            yield name, entry["dtype"], content[start:end].view(_CARRIERS[entry["dtype"]]).reshape(entry["shape"])
+
+
+def _write_index(folder: Path, files: Sequence[str], buckets: Sequence[Bucket]) -> None:
+    where = {name: file for file, bucket in zip(files, buckets, strict=True) for name in bucket.names}
+    total = sum(array.nbytes for bucket in buckets for array in bucket.arrays)
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def _synchronise(folder: Path) -> None:
+    """fsync a folder and the files in it."""
+    for path in [*(file for file in folder.iterdir() if file.is_file()), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

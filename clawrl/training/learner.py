@@ -1,0 +1,285 @@
+"""The learner: one rank's share of model and optimizer, and what can be done with them.
+
+Knows packed rows, the loss and FSDP2 shards. Ignores Ray, the buffer and versions' states. Every method is a
+collective: all ranks call it with the same arguments, or all wait.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from clawrl.algorithms.losses import TALLIED, Targets, tallied_means, tally, total_loss
+from clawrl.config import LearningSection, TrainerSection
+from clawrl.errors import WeightSyncError
+from clawrl.training.model import RESHARD_ABOVE_PARAMETERS, TokenScorer, shard
+from clawrl.training.pack import PackedRow, pack, trainable
+from clawrl.types import Bucket, Canary, Sample
+
+logger = logging.getLogger(__name__)
+
+_LOSSES = ("loss", "loss_rl", "loss_opd", "loss_kl")
+
+
+class Learner:
+    """Model and AdamW of one rank. `mesh` is one-dimensional; a mesh of one rank needs no other process."""
+
+    def __init__(self, folder: str, settings: TrainerSection, learning: LearningSection, mesh: DeviceMesh) -> None:
+        self._settings, self._learning, self._mesh = settings, learning, mesh
+        self._dtype = getattr(torch, settings.dtype)
+        self._device = torch.device(
+            mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None
+        )
+        scorer = TokenScorer.load(
+            folder, logit_chunk=settings.logit_chunk, activation_checkpointing=settings.activation_checkpointing
+        )
+        self._scorer = shard(scorer, mesh, self._dtype)
+        self._parameters = {name: parameter for name, parameter in self._scorer.model.named_parameters()}
+        num_parameters = sum(parameter.numel() for parameter in self._parameters.values())
+        self._sync_once = num_parameters <= RESHARD_ABOVE_PARAMETERS
+        self.reset_optimizer()
+
+    @property
+    def world(self) -> int:
+        return self._mesh.size()
+
+    @property
+    def rank(self) -> int:
+        return self._mesh.get_rank()
+
+    def reset_optimizer(self) -> None:
+        """AdamW without memory of earlier steps; weight decay on matrices only, not on norms and biases."""
+        matrices = [parameter for parameter in self._parameters.values() if parameter.ndim >= 2]
+        others = [parameter for parameter in self._parameters.values() if parameter.ndim < 2]
+        groups = [
+            {"params": matrices, "weight_decay": self._settings.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        self._optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=self._settings.learning_rate,
+            betas=self._settings.betas,
+            fused=True,
+        )
+
+    def update(self, samples: Sequence[Sample], version: int) -> dict[str, float]:
+        """One optimizer step on a batch, starting from `version`; returns the step's metrics, equal on all ranks.
+
+        Samples with a number that is not finite are left out and counted (`samples_unusable`). If the loss or the
+        gradient still is not finite, nothing is changed and `skipped` is 1: the step is over all the same. A step
+        is a function of weights and batch, so trying again would fail again; the batch must be consumed or it would
+        come back for ever.
+        """
+        started = time.perf_counter()
+        usable = [sample for sample in samples if trainable(sample)]
+        for sample in samples:
+            if not trainable(sample):
+                logger.warning("event=sample_unusable sample=%s version=%d", sample.id, version)
+        metrics = _batch_metrics(usable, version) | {"samples_unusable": float(len(samples) - len(usable))}
+        metrics["skipped"] = 1.0
+        if usable:
+            rows = pack(
+                usable,
+                world=self.world,
+                pack_tokens=self._settings.pack_tokens,
+                normalise=self._learning.normalise,
+                version=version,
+            )[self.rank]
+            metrics |= self._step(rows)
+        metrics["seconds"] = time.perf_counter() - started
+        metrics["tokens_per_s"] = metrics["tokens"] / metrics["seconds"]
+        return metrics
+
+    def canary(self, sequences: Sequence[np.ndarray]) -> Canary:
+        """Score every token after the first of each sequence with the weights as they are."""
+        lengths = [len(ids) for ids in sequences]
+        bounds = [0, *np.cumsum(lengths).tolist()]
+        token_ids = np.concatenate(sequences).astype(np.int64)
+        positions = np.concatenate([np.arange(a, b - 1) for a, b in zip(bounds, bounds[1:], strict=False)])
+        self._scorer.eval()
+        with torch.no_grad():
+            scored = self._scorer(
+                self._tensor(token_ids),
+                self._tensor(np.concatenate([np.arange(length) for length in lengths])),
+                bounds,
+                self._tensor(positions),
+                self._tensor(token_ids[positions + 1]),
+                torch.empty(len(positions), 0, dtype=torch.int64, device=self._device),
+            )
+        self._scorer.train()
+        self._reshard()
+        logprobs = scored.logprobs.float().cpu().numpy()
+        ends = np.cumsum([length - 1 for length in lengths])[:-1]
+        return Canary(tuple(ids.astype(np.int32) for ids in sequences), tuple(np.split(logprobs, ends)))
+
+    @torch.no_grad()
+    def buckets(self, bucket_bytes: int) -> Iterator[Bucket | None]:
+        """The whole model in the compute type, bucket by bucket; bucket i only on rank i % world, None elsewhere."""
+        for index, names in enumerate(self._plan(bucket_bytes)):
+            yield self._gather(names, owner=index % self.world)
+
+    @torch.no_grad()
+    def load(self, buckets: Iterable[Bucket]) -> None:
+        """Replace the weights, each rank keeping its rows, and forget the optimizer's moments.
+
+        Raises WeightSyncError if a parameter is missing. Heads tied to the embeddings are passed over.
+        """
+        missing = set(self._parameters)
+        for bucket in buckets:
+            for name, dtype, array in zip(bucket.names, bucket.dtypes, bucket.arrays, strict=True):
+                if name in missing:
+                    local, whole = _local(self._parameters[name]), _as_tensor(array, dtype)
+                    rows = -(-whole.shape[0] // self.world)
+                    local.copy_(whole[self.rank * rows : self.rank * rows + local.shape[0]])
+                    missing.remove(name)
+        if missing:
+            raise WeightSyncError(f"the version lacks {len(missing)} parameters, {min(missing)} among them")
+        self._reshard()
+        self.reset_optimizer()
+
+    # --- inside ---
+
+    def _step(self, rows: Sequence[PackedRow]) -> dict[str, float]:
+        sums = torch.zeros(len(_LOSSES), dtype=torch.float64, device=self._device)
+        counts = torch.zeros(len(TALLIED), 2, dtype=torch.float64, device=self._device)
+        self._optimizer.zero_grad(set_to_none=True)
+        for index, row in enumerate(rows):
+            if self._sync_once:
+                self._scorer.set_requires_gradient_sync(index == len(rows) - 1)
+            targets = self._targets(row)
+            scored = self._scorer(
+                self._tensor(row.token_ids),
+                self._tensor(row.position_ids),
+                row.bounds,
+                self._tensor(row.positions),
+                self._tensor(row.targets),
+                self._tensor(row.support),
+            )
+            loss = total_loss(scored.logprobs, scored.support, targets, self._learning)
+            # FSDP averages over ranks; the weights already divide by the whole batch.
+            (loss.value * self.world).backward()
+            parts = (loss.value, loss.policy.value, loss.distillation.value, loss.divergence)
+            sums += torch.stack([part.detach().double() for part in parts])
+            counts += tally(scored.logprobs.detach(), scored.entropy, loss, targets)
+        return self._apply(sums, counts)
+
+    def _apply(self, sums: Tensor, counts: Tensor) -> dict[str, float]:
+        """Clip the gradient and step, unless something is not finite; agreed over ranks in one reduction."""
+        locals_ = [_local(parameter) for parameter in self._parameters.values() if parameter.grad is not None]
+        gradients = [_local(p.grad) for p in self._parameters.values() if p.grad is not None]
+        totals = torch.cat([sums, counts.flatten(), _square_sum(gradients)])
+        dist.all_reduce(totals, group=self._mesh.get_group())
+        norm = totals[-1].sqrt().item()
+        metrics = dict(zip(_LOSSES, totals[: len(_LOSSES)].tolist(), strict=True))
+        metrics |= tallied_means(totals[len(_LOSSES) : -1].view(-1, 2)) | {"grad_norm": norm}
+        if not all(np.isfinite([norm, metrics["loss"]])):
+            logger.error("event=step_skipped loss=%s grad_norm=%s", metrics["loss"], norm)
+            self._optimizer.zero_grad(set_to_none=True)
+            return {name: value for name, value in metrics.items() if np.isfinite(value)} | {"skipped": 1.0}
+        torch._foreach_mul_(gradients, min(1.0, self._settings.max_grad_norm / (norm + 1e-6)))
+        before = [local.detach().clone() for local in locals_]
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        change = _square_sum(torch._foreach_sub(before, [local.detach() for local in locals_]))
+        dist.all_reduce(change, group=self._mesh.get_group())
+        return metrics | {"update_norm": change.sqrt().item(), "skipped": 0.0}
+
+    def _targets(self, row: PackedRow) -> Targets:
+        return Targets(**{name: self._tensor(getattr(row, name)) for name in Targets.__slots__})
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
+
+    def _plan(self, bucket_bytes: int) -> Iterator[list[str]]:
+        """Names of parameters, in order, in groups of at most `bucket_bytes`; a larger one goes alone."""
+        names: list[str] = []
+        size = 0
+        for name, parameter in self._parameters.items():
+            nbytes = parameter.numel() * self._dtype.itemsize
+            if names and size + nbytes > bucket_bytes:
+                yield names
+                names, size = [], 0
+            names.append(name)
+            size += nbytes
+        yield names
+
+    def _gather(self, names: Sequence[str], owner: int) -> Bucket | None:
+        """Collect parameters' shards on `owner` in one collective.
+
+        FSDP2 gives rank r rows [r·c, (r+1)·c) with c = ceil(rows / world), so the last shards may be short or empty;
+        padded to c they all have the same size.
+        """
+        parameters = [self._parameters[name] for name in names]
+        flat = torch.cat([_padded(_local(p), p.shape, self.world).to(self._dtype).flatten() for p in parameters])
+        parts = [flat]
+        if self.world > 1:
+            mine = [torch.empty_like(flat) for _ in range(self.world)] if self.rank == owner else None
+            dist.gather(flat, mine, dst=owner, group=self._mesh.get_group())
+            if mine is None:
+                return None
+            parts = mine
+        arrays: list[np.ndarray] = []
+        start = 0
+        for parameter in parameters:
+            size = _padded_rows(parameter.shape, self.world) * parameter.shape[1:].numel()
+            rows = torch.cat([part[start : start + size].view(-1, *parameter.shape[1:]) for part in parts])
+            arrays.append(_as_array(rows[: parameter.shape[0]]))
+            start += size
+        name = str(self._dtype).removeprefix("torch.")
+        shapes = tuple(tuple(parameter.shape) for parameter in parameters)
+        return Bucket(tuple(names), (name,) * len(names), shapes, tuple(arrays))
+
+    def _reshard(self) -> None:
+        """Drop gathered parameters, so that the next forward pass gathers the shards as they are now."""
+        for module in self._scorer.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def _batch_metrics(samples: Sequence[Sample], version: int) -> dict[str, float]:
+    metrics = {"samples": float(len(samples)), "tokens": float(sum(len(sample.token_ids) for sample in samples))}
+    if samples:
+        metrics["lag_mean"] = float(np.mean([version - sample.newest_version for sample in samples]))
+        metrics["reply_tokens_mean"] = float(np.mean([sample.loss_mask.sum() for sample in samples]))
+    return metrics
+
+
+def _local(tensor: Any) -> Tensor:
+    """This rank's part of a sharded tensor, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _square_sum(tensors: Sequence[Tensor]) -> Tensor:
+    """f64[1]: the sum of squares of all elements."""
+    norms = torch._foreach_norm([tensor for tensor in tensors if tensor.numel()], dtype=torch.float32)
+    return torch.stack([norm.double() for norm in norms]).square().sum()[None]
+
+
+def _padded_rows(shape: torch.Size, world: int) -> int:
+    return -(-shape[0] // world)
+
+
+def _padded(local: Tensor, shape: torch.Size, world: int) -> Tensor:
+    short = _padded_rows(shape, world) - local.shape[0]
+    return torch.cat([local, local.new_zeros(short, *shape[1:])]) if short else local
+
+
+def _as_array(tensor: Tensor) -> np.ndarray:
+    """numpy twin on the CPU; bfloat16 as its bits."""
+    tensor = tensor.contiguous().cpu()
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+def _as_tensor(array: np.ndarray, dtype: str) -> Tensor:
+    """The tensor a bucket's array stands for; a copy, since arrays from the object store are read-only."""
+    return torch.from_numpy(array.copy()).view(getattr(torch, dtype))

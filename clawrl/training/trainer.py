@@ -1,0 +1,228 @@
+"""The trainer: a Ray Train worker group that turns leased batches into weight versions, one per optimizer step.
+
+Consumes the buffer's batches; waits for them in short turns; unblocks replicas through the weight store's offer.
+
+    rank 0: store.latest ─► buffer.take(step) ─► broadcast ─┐
+    all:                                     load │ train │ wait │ close
+                                              │      └► update ► hold buckets ► canary ► barrier
+    rank 0:                                   │             store.offer ► buffer.release ► buffer.advance
+                                              └► weights of the head, where it is not what this group holds
+
+A step's number is the version it makes. Nothing is kept here that a restart would miss: a new group asks the store
+for its head and the buffer for the same step, and gets the same batch unless that step's version was recorded. The
+head is asked for before every step, so a rejected version is left the same way. AdamW's moments start anew on both
+occasions. A batch whose step could not be taken (see `Learner.update`) makes a version equal to its parent, with
+`skipped` = 1 among its metrics: its samples are consumed once, as always, and can be found by that version.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from ray.train.torch import TorchTrainer
+from torch.distributed.device_mesh import init_device_mesh
+
+from clawrl.config import LearningSection, TrainerSection, VersionsSection, model_path
+from clawrl.observe import metric
+from clawrl.training.learner import Learner
+from clawrl.training.weights import Head
+from clawrl.types import Batch, Bucket, WeightVersion
+
+logger = logging.getLogger(__name__)
+
+TAKE_TIMEOUT_S = 2.0
+"""How long rank 0 may wait for a batch at a stretch, while the other ranks wait for its broadcast."""
+
+COLLECTIVE_TIMEOUT_S = 600
+"""A rank that answers no collective for so long is taken for dead."""
+
+CANARY_TOKENS = 32
+CANARY_TEXTS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "Two plus three is five, and five plus four is nine. So the answer is 9.",
+    "Dear all, thank you for your help with the report. I will send the rest on Monday.",
+    '{"name": "lookup", "arguments": {"item": "apples", "place": "market"}}',
+)
+"""Fixed and innocent; what they say does not matter, only that every version scores them a little differently."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainLoop:
+    """All that a worker needs; it travels to every rank."""
+
+    trainer: TrainerSection
+    learning: LearningSection
+    versions: VersionsSection
+    model: str  # folder or Hugging Face name of version 0
+    buffer: Any  # handles of the actors
+    store: Any
+
+
+class _Order(NamedTuple):
+    """What rank 0 tells all ranks to do next."""
+
+    kind: Literal["load", "train", "wait", "close"]
+    head: Head
+    batch: Batch | None = None
+
+
+def run_trainer(
+    loop: TrainLoop, run_directory: str, *, cpus_per_worker: float = 0.25, name: str = "clawrl-trainer"
+) -> None:
+    """Train until the buffer closes. Blocks; raises Ray Train's TrainingFailedError after `max_failures` restarts."""
+    settings = loop.trainer
+    resources: dict[str, float] = {"CPU": cpus_per_worker}
+    if settings.gpus_per_worker:
+        resources["GPU"] = settings.gpus_per_worker
+    TorchTrainer(
+        train_worker,
+        train_loop_config={"loop": loop},
+        torch_config=ray.train.torch.TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if settings.gpus_per_worker else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S
+        ),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=settings.workers, use_gpu=settings.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=run_directory,
+            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+        ),
+    ).fit()
+
+
+def train_worker(config: dict[str, TrainLoop]) -> None:
+    """One rank, from its start to the buffer's end: Ray Train's train function."""
+    loop = config["loop"]
+    settings = loop.trainer
+    os.nice(settings.nice)
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)
+    device = ray.train.torch.get_device()
+    mesh = init_device_mesh(device.type, (ray.train.get_context().get_world_size(),))
+    model = model_path(loop.model)
+    learner = Learner(model, settings, loop.learning, mesh)
+    _Worker(loop, learner, canary_sequences(model)).run()
+
+
+def canary_sequences(model: str) -> tuple[np.ndarray, ...]:
+    """The fixed texts in the model's own tokens, i32[Lᵢ] with 2 <= Lᵢ <= CANARY_TOKENS."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return tuple(np.array(tokenizer.encode(text)[:CANARY_TOKENS], np.int32) for text in CANARY_TEXTS)
+
+
+class _Worker:
+    """One rank's loop. Every method but those of rank 0 alone is called by all ranks together."""
+
+    def __init__(self, loop: TrainLoop, learner: Learner, canary: tuple[np.ndarray, ...]) -> None:
+        self._loop, self._learner, self._canary = loop, learner, canary
+        self._store, self._buffer = loop.store, loop.buffer
+        self._version = 0  # the weights this group holds; those of the model's folder at first
+
+    def run(self) -> None:
+        anchor = self._learner.canary(self._canary)
+        if self._learner.rank == 0:
+            ray.get(self._store.anchor.remote(0, anchor))
+        while True:
+            order = self._agree()
+            if order.kind == "close":
+                return
+            if order.kind == "load":
+                self._load(order.head.number)
+            elif order.kind == "train" and order.batch is not None:
+                self._train(order.head, order.batch)
+
+    def _agree(self) -> _Order:
+        """Rank 0 decides, all hear it. At most about TAKE_TIMEOUT_S apart, so no collective times out."""
+        box = [self._decide() if self._learner.rank == 0 else None]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        order = box[0]
+        assert order is not None
+        return order
+
+    def _decide(self) -> _Order:
+        """Rank 0: follow the head, then the buffer."""
+        head: Head = ray.get(self._store.latest.remote())
+        if head.number != self._version:
+            ray.get([self._buffer.release.remote(head.number), self._buffer.advance.remote(head.number)])
+            return _Order("load", head)
+        batch: Batch | None = ray.get(self._buffer.take.remote(head.next_number, TAKE_TIMEOUT_S))
+        if batch is None:
+            return _Order("wait", head)
+        return _Order("close", head) if batch.step < 0 else _Order("train", head, batch)
+
+    def _load(self, number: int) -> None:
+        """Take the weights of a version from the store, each rank its rows."""
+        logger.info("event=load version=%d rank=%d", number, self._learner.rank)
+        self._learner.load(_fetched(self._store, number))
+        self._version = number
+
+    def _train(self, head: Head, batch: Batch) -> None:
+        """Update, publish, and settle the batch; the version may still be refused, then the head says so."""
+        metrics = self._learner.update(batch.samples, head.number)
+        self._version = head.next_number
+        started = time.perf_counter()
+        num_buckets = self._hold(self._version)
+        canary = self._learner.canary(self._canary)
+        dist.barrier()
+        if self._learner.rank == 0:
+            version = WeightVersion(
+                number=self._version,
+                parent=head.number,
+                kind="full",
+                checkpoint=None,
+                samples=tuple(sample.id for sample in batch.samples),
+                metrics=metrics | {"publish_s": time.perf_counter() - started},
+                at=time.time(),
+            )
+            self._settle(version, num_buckets, canary)
+
+    def _hold(self, number: int) -> int:
+        """Every rank sends the buckets it gathered; returns how many there are in all."""
+        sent: list[Any] = []
+        num_buckets = 0
+        for index, bucket in enumerate(self._learner.buckets(self._loop.versions.bucket_mib << 20)):
+            num_buckets = index + 1
+            if bucket is not None:
+                sent.append(self._store.hold.remote(number, index, bucket))
+        ray.get(sent)
+        return num_buckets
+
+    def _settle(self, version: WeightVersion, num_buckets: int, canary: Any) -> None:
+        """Rank 0: offer the version and, once it is recorded, let go of its batch."""
+        started = time.perf_counter()
+        if not ray.get(self._store.offer.remote(version, num_buckets, canary)):
+            logger.warning("event=version_refused version=%d parent=%s", version.number, version.parent)
+            return
+        ray.get([self._buffer.release.remote(version.number), self._buffer.advance.remote(version.number)])
+        metrics = version.metrics
+        metric("trainer/step_num").set(version.number)
+        for name, key in (("trainer/loss_value", "loss"), ("trainer/lag_num", "lag_mean")):
+            if key in metrics:
+                metric(name).set(metrics[key])
+        logger.info(
+            "event=step version=%d loss=%.4f grad_norm=%.3f tokens=%d seconds=%.2f publish_s=%.3f offer_s=%.3f skipped=%d",
+            version.number, metrics.get("loss", float("nan")), metrics.get("grad_norm", float("nan")),
+            metrics["tokens"], metrics["seconds"], metrics["publish_s"], time.perf_counter() - started,
+            metrics["skipped"],
+        )  # fmt: skip
+
+
+def _fetched(store: Any, number: int) -> Iterator[Bucket]:
+    """A version's buckets, one at a time."""
+    for index in range(ray.get(store.num_buckets.remote(number))):
+        (ref,) = ray.get(store.bucket.remote(number, index))
+        yield ray.get(ref)

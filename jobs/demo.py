@@ -1,0 +1,479 @@
+"""`make demo`: the whole loop with a simulated person, from the first start to a report of what was learnt.
+
+    start ─► measure ─► converse, while the policy is judged, trained and swapped ─► drain ─► measure ─► report, stop
+
+Knows the composition root, the simulated users and the report. Ignores how anything is served, judged or trained: the
+conversations and both measurements go over HTTP with the `openai` client, as anybody's would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2  # what openai's client speaks through
+import openai
+import ray
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from clawrl.cli import add_config_options, config_of
+from clawrl.config import Config
+from clawrl.errors import ClawrlError
+from clawrl.observe import set_up_logging
+from envs.chat.conversation import Conversation, Evaluation, evaluate, hold_conversation
+from envs.chat.user import SimulatedUser
+from envs.chat.world import make_problems
+from jobs import report
+from jobs.report import Evidence, FirstReply, Stream
+
+POLL_S = 0.5
+DRAIN_S = 120.0
+EVALUATION_CONCURRENCY = 16
+BATCHES_WAITING = 2
+"""The next conversation begins when fewer turns than this many batches wait for the judge or the trainer."""
+REQUEST_S = 120.0
+BEAT_S = 15.0
+"""Where there is no terminal to draw in, a line this often."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code: 0 it learnt, 1 it did not or something failed, 2 wrong use or config, 130 interrupted."""
+    started = time.time()
+    options = _parser().parse_args(arguments)
+    set_up_logging(logging.ERROR)
+    screen = Screen(started)
+    try:
+        if options.seed is not None:
+            options.overrides += [f"chat.seed={options.seed}", f"trainer.seed={options.seed}"]
+        result = _run(config_of(options), screen)
+    except (KeyboardInterrupt, SystemExit):
+        print("clawrl: interrupted; everything is stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        cause = _innermost(error)
+        if isinstance(cause, ClawrlError):
+            return _fail(cause)
+        print(f"clawrl: {_first_line(cause)}{screen.keep_traceback(error)}", file=sys.stderr)
+        return 1
+    return _show(result)
+
+
+def _fail(error: ClawrlError) -> int:
+    from clawrl.main import fail
+
+    return fail(error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.demo",
+        description="Start clawrl, let a simulated person talk to it while it learns, and report what it learnt.",
+    )
+    add_config_options(parser)
+    parser.add_argument("--seed", type=int, metavar="N", help="of the conversations and the trainer (chat.seed)")
+    return parser
+
+
+def _run(config: Config, screen: Screen) -> report.Report:
+    """Everything between the command line and the report; nothing is left running, whatever happens."""
+    from clawrl.main import System  # torch and Ray load only once the command line is understood
+
+    with screen:
+        system = System.start(config, screen.say)
+        # Ray has put its own handler of SIGTERM in place; ours takes the same way out as Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            screen.run_directory = system.run_directory
+            evidence = asyncio.run(_demonstrate(config, system, screen))
+            screen.say("writing the report")
+            result = report.build(evidence)
+            report.write(result, evidence, system.run_directory)
+        finally:
+            screen.say("stopping")
+            system.stop()
+    return result
+
+
+def _show(result: report.Report) -> int:
+    console = Console(highlight=False)
+    table = Table(show_header=False, title=f"clawrl demo · {result.method} · seed {result.seed}", title_justify="left")
+    for what, figures in report.lines(result):
+        table.add_row(what, Text(figures, overflow="fold"))
+    console.print(table)
+    for shortcoming in result.shortcomings:
+        console.print(f"[bold red]not done:[/] {shortcoming}")
+    return 1 if result.shortcomings else 0
+
+
+# -- the demonstration -----------------------------------------------------------------------------------------------
+
+
+async def _demonstrate(config: Config, system: Any, screen: Screen) -> Evidence:
+    serving = time.time()
+    wire = Wire()
+    watch = Watch(system, screen)
+    async with _client(system.url, wire) as client, asyncio.TaskGroup() as group:
+        watching = group.create_task(watch.run())
+        screen.say(f"measuring on {config.chat.evaluation_problems} held-out problems")
+        before = await _evaluate(client, config)
+        screen.say(_measured(before))
+        screen.say(f"{config.chat.conversations} conversations, {config.chat.concurrency} at a time")
+        conversations = await _converse(client, config, watch, screen)
+        screen.say("waiting for the last judgements and the last training step")
+        drained = await watch.drain(config.buffer.batch_size)
+        screen.say("measuring again")
+        after = await _evaluate(client, config)
+        screen.say(_measured(after))
+        watching.cancel()
+    return Evidence(
+        method=config.learning.method,
+        model=config.policy.model,
+        persona=config.chat.persona,
+        seed=config.chat.seed,
+        run_directory=str(system.run_directory),
+        started=screen.started,
+        serving=serving,
+        ended=time.time(),
+        before=before,
+        after=after,
+        first_replies=tuple(screen.first_replies),
+        streams=tuple(wire.streams),
+        versions=tuple(await system.actors["journal"].versions.remote()),
+        swaps=tuple(await system.actors["journal"].swaps.remote()),
+        counts=await system.actors["journal"].counts.remote(),
+        dropped=watch.state.dropped,
+        requests=wire.num_requests,
+        requests_failed=sum(talk.num_failed for talk in conversations) + before.num_failed + after.num_failed,
+        drained=drained,
+    )
+
+
+async def _evaluate(client: openai.AsyncOpenAI, config: Config) -> Evaluation:
+    """Held-out first messages at the policy's own temperature, as side calls."""
+    chat = config.chat
+    problems = make_problems(chat.evaluation_problems, "heldout", seed=chat.seed)
+    result = await evaluate(client, config.policy.served_name, chat.persona, problems, EVALUATION_CONCURRENCY)
+    if not result.num_replies:
+        raise ClawrlError(f"none of {len(problems)} requests was answered; see the logs in the run directory")
+    return result
+
+
+async def _converse(client: openai.AsyncOpenAI, config: Config, watch: Watch, screen: Screen) -> list[Conversation]:
+    """All conversations, at most `concurrency` at a time, and none begun while judge and trainer are far behind.
+
+    The person behind them is one account with one taste. They are in no hurry: what they say is worth little to a
+    trainer that comes to it many versions later.
+    """
+    chat = config.chat
+    places = asyncio.Semaphore(chat.concurrency)
+    screen.expect(chat.conversations)
+
+    async def one(number: int) -> Conversation:
+        async with places:
+            await watch.caught_up(BATCHES_WAITING * config.buffer.batch_size)
+            user = SimulatedUser(chat.persona, random.Random(f"{chat.seed} {number}"))
+            session, began = f"demo-{chat.seed}-{number}", time.time()
+            talk = await hold_conversation(
+                client, config.policy.served_name, user, None, session, chat.max_turns, account=chat.persona
+            )
+            screen.converse(talk, began)
+            return talk
+
+    return await _all(one(number) for number in range(chat.conversations))
+
+
+async def _all(coroutines: Any) -> list[Any]:
+    """Results in order; the first failure cancels the others."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    return [task.result() for task in tasks]
+
+
+# -- the wire ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Wire:
+    """What passed between the client and the gateway."""
+
+    num_requests: int = 0
+    streams: list[Stream] = field(default_factory=list)
+
+
+class _TimedTransport(httpx2.AsyncHTTPTransport):
+    """HTTP as always; notes when the pieces of every streamed reply arrived."""
+
+    def __init__(self, wire: Wire) -> None:
+        super().__init__(limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64))
+        self._wire = wire
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        self._wire.num_requests += 1
+        response = await super().handle_async_request(request)
+        if response.headers.get("content-type", "").startswith("text/event-stream"):
+            response.stream = _TimedStream(response.stream, self._wire)
+        return response
+
+
+class _TimedStream(httpx2.AsyncByteStream):
+    """A response body that notes the longest wait between two of its pieces."""
+
+    def __init__(self, body: Any, wire: Wire) -> None:
+        self._body, self._wire = body, wire
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        started = last = time.time()
+        longest_s, any_piece = 0.0, False
+        async for piece in self._body:
+            now = time.time()
+            if any_piece:
+                longest_s = max(longest_s, now - last)
+            last, any_piece = now, True
+            yield piece
+        self._wire.streams.append(Stream(started, last, longest_s))
+
+    async def aclose(self) -> None:
+        await self._body.aclose()
+
+
+def _client(url: str, wire: Wire) -> openai.AsyncOpenAI:
+    """The official client; without retries, so that every failed request is counted."""
+    http = openai.DefaultAsyncHttpxClient(transport=_TimedTransport(wire), trust_env=False)
+    return openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=REQUEST_S, http_client=http)
+
+
+# -- watching ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class State:
+    """What the running system last said of itself."""
+
+    counts: dict[str, int] = field(default_factory=dict)  # of the journal
+    leased: int = 0
+    dropped: int = 0
+    serving: int = 0
+    head: int = 0
+    loss: float | None = None
+
+    @property
+    def unjudged(self) -> int:
+        return self.counts.get("next_states", 0) - self.counts.get("judgements", 0)
+
+    @property
+    def untrained(self) -> int:
+        return max(0, self.counts.get("samples", 0) - self.counts.get("consumed", 0) - self.dropped)
+
+
+class Watch:
+    """Follows a system by the gateway's /status and the journal's versions, and tells the screen."""
+
+    def __init__(self, system: Any, screen: Screen) -> None:
+        self.state = State()
+        self._system, self._screen = system, screen
+        self._told: set[int] = set()
+        self._news = asyncio.Condition()
+
+    async def run(self) -> None:
+        """Until cancelled. Raises ClawrlError when the trainer has ended."""
+        url = self._system.url.removesuffix("/v1") + "/status"
+        async with httpx2.AsyncClient(trust_env=False, timeout=10) as client:
+            while True:
+                with suppress(httpx2.HTTPError, KeyError, ValueError):  # asked again in a moment
+                    self._take((await client.get(url)).json())
+                    await self._tell_versions()
+                    async with self._news:
+                        self._news.notify_all()
+                self._require_trainer()
+                self._screen.show(self.state)
+                await asyncio.sleep(POLL_S)
+
+    async def caught_up(self, limit: int) -> None:
+        """Wait until fewer than `limit` turns wait for the judge or the trainer."""
+        async with self._news:
+            await self._news.wait_for(lambda: self.state.unjudged + self.state.untrained < limit)
+
+    async def drain(self, batch_size: int) -> bool:
+        """Wait until all is judged, trained as far as whole batches go, and served; false if that takes too long."""
+
+        def settled() -> bool:
+            state = self.state
+            full = state.untrained >= batch_size
+            return not (state.unjudged or full or state.leased or state.serving != state.head)
+
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_S), self._news:
+                await self._news.wait()  # what is known may be older than the last reply
+                await self._news.wait_for(settled)
+                return True
+        return False
+
+    def _take(self, status: dict[str, Any]) -> None:
+        versions, buffer = status["versions"], status["buffer"]
+        self.state.counts = {name: int(number) for name, number in status["journal"].items()}
+        self.state.leased, self.state.dropped = buffer["leased"], buffer["dropped"]
+        self.state.serving, self.state.head = versions["serving"] or 0, versions["head"]
+
+    async def _tell_versions(self) -> None:
+        """A line for every version that was swapped in since the last look."""
+        if self.state.counts["swaps"] == len(self._told):
+            return
+        journal = self._system.actors["journal"]
+        versions, swaps = await asyncio.gather(journal.versions.remote(), journal.swaps.remote())
+        made = {version.number: version for version in versions}
+        for swap in swaps:
+            if swap.version not in self._told and swap.version in made:
+                self._told.add(swap.version)
+                self.state.loss = made[swap.version].metrics.get("loss")
+                self._screen.land(made[swap.version], swap)
+
+    def _require_trainer(self) -> None:
+        done, _ = ray.wait([self._system.training], timeout=0)
+        if done:
+            try:
+                ray.get(done)
+            except Exception as error:
+                raise ClawrlError(f"the trainer failed: {_first_line(error)}") from error
+            raise ClawrlError("the trainer ended by itself; see the run directory's logs")
+
+
+# -- the screen --------------------------------------------------------------------------------------------------------
+
+
+class Screen:
+    """What the person at the terminal sees; on stderr, so that the report stands alone on stdout."""
+
+    def __init__(self, started: float) -> None:
+        self.started = started
+        self.run_directory: Path | None = None
+        self.first_replies: list[FirstReply] = []
+        self._console = Console(stderr=True, highlight=False)
+        self._spinner = Spinner("dots")
+        self._step, self._total, self._num_failed = "starting", 0, 0
+        self._state = State()
+        self._last_line = started
+        self._live = Live(console=self._console, get_renderable=self._draw, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> Screen:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def say(self, line: str) -> None:
+        """A step begins."""
+        self._step = line
+        self._print(f"[bold]{line}[/]")
+
+    def expect(self, conversations: int) -> None:
+        self._total = conversations
+
+    def converse(self, talk: Conversation, began: float) -> None:
+        """A conversation is over."""
+        self._num_failed += talk.num_failed
+        if talk.exchanges:
+            first = talk.exchanges[0]
+            self.first_replies.append(FirstReply(began, first.satisfied, first.solution.correct))
+
+    def land(self, version: Any, swap: Any) -> None:
+        """A version is served."""
+        metrics = version.metrics
+        facts = [
+            f"loss {metrics['loss']:+.4f}" if "loss" in metrics else "no step taken",
+            f"{len(version.samples)} turns",
+            f"lag {metrics.get('lag_mean', 0):.1f}",
+            f"paused {swap.stall_ms:.0f} ms",
+        ]
+        if self.first_replies:
+            facts.append(f"first replies {self._recent('satisfied'):.2f}")
+        self._print(f"[cyan]version {swap.version}[/] serves: {' · '.join(facts)}")
+
+    def show(self, state: State) -> None:
+        """The system's newest figures."""
+        self._state = state
+        if not self._console.is_terminal and time.time() - self._last_line > BEAT_S:
+            self._print(f"{len(self.first_replies)} of {self._total} conversations · {self._figures()}")
+
+    def keep_traceback(self, error: Exception) -> str:
+        """Write a defect's traceback where it can be found; returns the words that say where."""
+        if self.run_directory is None:
+            return ""
+        file = self.run_directory / "failure.txt"
+        with suppress(OSError):
+            file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            return f" (traceback in {file})"
+        return ""
+
+    def _print(self, line: str) -> None:
+        self._last_line = time.time()
+        self._console.print(f"[dim]{self._last_line - self.started:6.1f} s[/]  {line}")
+
+    def _recent(self, what: str) -> float:
+        last = self.first_replies[-report.ROLLING :]
+        return sum(getattr(reply, what) for reply in last) / len(last) if last else 0.0
+
+    def _figures(self) -> str:
+        state, counts = self._state, self._state.counts
+        loss = "" if state.loss is None else f" (loss {state.loss:+.4f})"
+        return " · ".join(
+            (
+                f"first replies {self._recent('satisfied'):.2f} liked, {self._recent('correct'):.2f} right",
+                f"turns {counts.get('main_turns', 0)}",
+                f"judged {counts.get('judgements', 0)}",
+                f"hints {counts.get('hints', 0)}",
+                f"waiting {state.unjudged} + {state.untrained}",
+                f"version {state.serving}{loss}",
+                f"failed {self._num_failed}",
+            )
+        )
+
+    def _draw(self) -> RenderableType:
+        """Called by rich's own thread, four times a second."""
+        self._spinner.update(text=f"{time.time() - self.started:5.0f} s  {self._step}")
+        if not self._total:
+            return self._spinner
+        done = len(self.first_replies)
+        grid = Table.grid(padding=(0, 1))
+        grid.add_row(ProgressBar(self._total, done, width=40), f"{done} of {self._total} conversations")
+        return Group(self._spinner, grid, Text(self._figures(), style="dim"))
+
+
+def _measured(evaluation: Evaluation) -> str:
+    return (
+        f"first replies: {evaluation.score:.2f} as the {evaluation.persona} likes it, "
+        f"{evaluation.correct:.2f} right, {evaluation.shows_work:.2f} with the working"
+    )
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """What went wrong, out of the task groups it came in."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    """`Kind: first line`, of the failure itself rather than of Ray's wrapping, which adds a traceback."""
+    cause = getattr(error, "cause", None) or error
+    return f"{type(cause).__name__}: {next(iter(str(cause).splitlines()), '')[:300]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

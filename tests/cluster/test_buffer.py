@@ -1,0 +1,219 @@
+"""The replay buffer over a real journal: nothing lost, nothing twice, whoever restarts."""
+
+import dataclasses
+import os
+import signal
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from clawrl.config import BufferSection
+from clawrl.journal.actor import Journal
+from clawrl.training.buffer import CLOSED, ReplayBuffer
+from clawrl.types import Sample, WeightVersion
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
+PATIENCE_S = 30.0
+
+
+@pytest.fixture
+def journal(tmp_path):
+    restarts = {"max_restarts": -1, "max_task_retries": -1}
+    actor: Any = ray.remote(Journal).options(num_cpus=0, **restarts).remote(f"sqlite:///{tmp_path}/journal.sqlite")
+    yield actor
+    ray.kill(actor)
+
+
+@pytest.fixture
+def start(journal):
+    """Starts buffers; Ray restarts them."""
+    started: list[Any] = []
+
+    def start_buffer(batch_size: int = 4, max_lag: int = 2) -> Any:
+        settings = BufferSection(batch_size=batch_size, max_lag=max_lag)
+        options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+        started.append(ray.remote(ReplayBuffer).options(**options).remote(settings, journal))
+        return started[-1]
+
+    yield start_buffer
+    for actor in started:
+        ray.kill(actor)
+
+
+def sample(id: str, version: int = 0) -> Sample:
+    tokens = np.arange(3, dtype=np.int32)
+    return Sample(id, "ann", "chat", tokens, tokens > 0, tokens * 0.5, None, None, None, version, version, 1.0, 4.0)
+
+
+def answer(calls: Any) -> Any:
+    """What calls of actors return; one that hangs fails."""
+    return ray.get(calls, timeout=60)
+
+
+def append(journal, ids: str, version: int = 0) -> None:
+    """One sample per letter."""
+    answer(journal.append.remote(*(sample(id, version) for id in ids)))
+
+
+def record(journal, number: int, ids: str) -> None:
+    """Version `number` learnt from the samples `ids`."""
+    version = WeightVersion(number, number - 1, "full", None, tuple(ids), {}, 5.0)
+    answer(journal.record_version.remote(version, None))
+
+
+def take(buffer, step: int, timeout_s: float = PATIENCE_S) -> str | None:
+    """The batch's sample ids in a row, None at the timeout."""
+    batch = answer(buffer.take.remote(step, timeout_s))
+    if batch is None:
+        return None
+    assert batch.step == step
+    return "".join(found.id for found in batch.samples)
+
+
+def stats(buffer, **expected) -> dict:
+    """The statistics, once `expected` is among them."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        found = answer(buffer.stats.remote())
+        if found.items() >= expected.items():
+            return found
+        assert time.monotonic() < deadline, f"{found} never came to {expected}"
+        time.sleep(0.05)
+
+
+def kill_9(actor) -> None:
+    os.kill(answer(actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
+
+
+def test_a_batch_comes_when_it_is_full_and_the_surplus_stays(journal, start):
+    buffer = start()
+    assert take(buffer, 1, 0.2) is None
+    append(journal, "abc")
+    assert take(buffer, 1, 0.2) is None
+    taking = buffer.take.remote(1, PATIENCE_S)
+    append(journal, "defghi")
+    assert "".join(found.id for found in answer(taking).samples) == "abcd"
+    assert stats(buffer, size=5) == {"size": 5, "leased": 4, "dropped": 0, "oldest_version": 0}
+    record(journal, 1, "abcd")
+    answer(buffer.release.remote(1))
+    assert take(buffer, 2) == "efgh"
+    record(journal, 2, "efgh")
+    answer(buffer.release.remote(2))
+    assert take(buffer, 3, 0.2) is None
+    assert stats(buffer)["size"] == 1
+
+
+def test_batches_carry_samples_whole(journal, start):
+    original = dataclasses.replace(sample("a"), advantages=np.array([0, 1, -1], np.float32))
+    answer(journal.append.remote(original))
+    batch = answer(start(batch_size=1).take.remote(1, PATIENCE_S))
+    [found] = batch.samples
+    assert found.advantages.dtype == np.float32
+    assert found.advantages.tolist() == [0, 1, -1]
+    assert found.reference_logprobs is None
+
+
+def test_the_same_step_gets_the_same_batch(journal, start):
+    buffer = start()
+    taking = [buffer.take.remote(1, PATIENCE_S) for _ in range(3)]
+    append(journal, "abcdefghijkl")
+    batches = answer(taking)
+    assert [[found.id for found in batch.samples] for batch in batches] == [["a", "b", "c", "d"]] * 3
+    assert take(buffer, 1) == "abcd"
+    assert stats(buffer, size=8)["leased"] == 4
+
+
+def test_stale_samples_are_dropped_and_counted(journal, start):
+    buffer = start(max_lag=2)
+    append(journal, "abc", version=0)
+    append(journal, "def", version=1)
+    stats(buffer, size=6)
+    answer(buffer.advance.remote(2))
+    assert stats(buffer) == {"size": 6, "leased": 0, "dropped": 0, "oldest_version": 0}
+    answer(buffer.advance.remote(3))
+    assert stats(buffer) == {"size": 3, "leased": 0, "dropped": 3, "oldest_version": 1}
+    append(journal, "gh", version=0)
+    append(journal, "i", version=3)
+    assert take(buffer, 4) == "defi"
+    assert stats(buffer) == {"size": 0, "leased": 4, "dropped": 5, "oldest_version": None}
+
+
+def test_a_lease_outlives_its_age(journal, start):
+    buffer = start(max_lag=1)
+    append(journal, "abcdefgh")
+    assert take(buffer, 1) == "abcd"
+    stats(buffer, size=4)
+    answer(buffer.advance.remote(5))
+    assert take(buffer, 1) == "abcd"
+    assert stats(buffer)["dropped"] == 4
+
+
+def test_cold_start_reads_what_no_version_consumed(journal, start):
+    append(journal, "abcdefgh", version=0)
+    append(journal, "ijkl", version=3)
+    record(journal, 3, "abc")
+    buffer = start(max_lag=2)
+    assert take(buffer, 4) == "ijkl"  # d to h are three versions old
+    assert stats(buffer) == {"size": 0, "leased": 4, "dropped": 5, "oldest_version": None}
+
+
+def test_a_killed_buffer_gives_the_same_batch_for_the_same_step(journal, start):
+    buffer = start()
+    append(journal, "abcdefgh")
+    assert take(buffer, 1) == "abcd"
+    kill_9(buffer)
+    assert take(buffer, 1) == "abcd"
+
+
+def test_a_buffer_killed_during_a_step_does_not_hand_its_samples_out_again(journal, start):
+    buffer = start()
+    append(journal, "abcdefgh")
+    assert take(buffer, 1) == "abcd"
+    kill_9(buffer)
+    assert stats(buffer, size=8)["leased"] == 0  # restarted while the trainer works on abcd
+    record(journal, 1, "abcd")
+    answer(buffer.release.remote(1))
+    assert take(buffer, 2) == "efgh"
+
+
+@pytest.mark.parametrize(("recorded", "expected"), [(True, "efgh"), (False, "abcd")])
+def test_a_trainer_that_never_released(journal, start, recorded, expected):
+    buffer = start()
+    append(journal, "abcdefgh")
+    assert take(buffer, 1) == "abcd"
+    if recorded:
+        record(journal, 1, "abcd")
+    assert take(buffer, 2) == expected
+    assert stats(buffer, leased=4, size=0 if recorded else 4)["dropped"] == 0
+
+
+def test_a_late_release_leaves_the_lease_in_work_alone(journal, start):
+    buffer = start()
+    append(journal, "abcdefgh")
+    assert take(buffer, 1) == "abcd"
+    record(journal, 1, "abcd")
+    assert take(buffer, 2) == "efgh"
+    answer(buffer.release.remote(1))
+    assert take(buffer, 2) == "efgh"
+
+
+def test_a_killed_journal_is_only_a_pause(journal, start, tmp_path):
+    buffer = start()
+    append(journal, "ab")
+    stats(buffer, size=2)
+    ray.kill(journal, no_restart=False)
+    append(journal, "cd")
+    assert take(buffer, 1) == "abcd"
+
+
+def test_closing_ends_the_trainer(journal, start):
+    buffer = start()
+    waiting = buffer.take.remote(1, 60.0)
+    ready, _ = ray.wait([waiting], timeout=0.5)
+    assert ready == []
+    answer(buffer.close.remote())
+    for batch in answer([waiting, buffer.take.remote(2, 60.0)]):
+        assert (batch.step, batch.samples) == (CLOSED, ())

@@ -1,0 +1,323 @@
+"""The collector between a real journal and scripted models, all of them Ray actors."""
+
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from ray.exceptions import RayActorError
+
+from clawrl.config import JudgeSection, LearningSection
+from clawrl.journal.actor import Journal
+from clawrl.rollout.collector import Collector
+from clawrl.testing import ScriptedJudge, ScriptedPolicy, next_state
+from clawrl.types import Sample, Turn
+
+pytestmark = pytest.mark.cluster
+
+LEARNING = LearningSection(support=4)
+
+
+def ask(reference: Any) -> Any:
+    return ray.get(reference)
+
+
+@pytest.fixture
+def actors(cluster: None) -> Iterator[Callable[..., Any]]:
+    """Starts actors and ends them with the test."""
+    started = []
+
+    def start(kind: type, *arguments: Any, **options: Any) -> Any:
+        started.append(ray.remote(kind).options(num_cpus=0, max_restarts=-1, **options).remote(*arguments))
+        return started[-1]
+
+    yield start
+    for actor in started:
+        ray.kill(actor)
+
+
+class House:
+    """A journal in a folder, scripted models and a collector over them."""
+
+    def __init__(self, start: Callable[..., Any], folder: Path, **judge: Any) -> None:
+        folder.mkdir(exist_ok=True)
+        self._start, self.path = start, folder / "journal.sqlite"
+        self.journal = start(Journal, f"sqlite:///{self.path}")
+        self.judge = start(ScriptedJudge, *judge.values())
+        ask(self.judge.most_at_once.remote())  # up: tests of timeouts do not measure its start
+        self._source = ScriptedPolicy()
+        self.turns: list[Turn] = []
+
+    def collect(self, learning: LearningSection = LEARNING, policy: Any = None, **judging: Any) -> Any:
+        section = JudgeSection.model_validate({"timeout_s": 20.0, **judging})
+        self.collector = self._start(Collector, self.journal, self.judge, policy, section, learning)
+        return self.collector
+
+    def say(self, script: str, user: str = "ann") -> Turn:
+        """A turn, durable, and what followed it."""
+        turn = self._source.turn([{"role": "user", "content": f"question {len(self.turns)}"}], 6, user=user)
+        self.turns.append(turn)
+        ask(self.journal.append.remote(turn, next_state(turn, script)))
+        return turn
+
+    def wait(self, num_judgements: int, timeout_s: float = 60.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while (count := ask(self.journal.counts.remote())["judgements"]) < num_judgements:
+            assert time.monotonic() < deadline, f"{count} of {num_judgements} judged after {timeout_s} s"
+            time.sleep(0.05)
+
+    def samples(self) -> dict[str, Sample]:
+        rows = ask(self.journal.samples_to_train.remote(0, 1000, 0.0))
+        return {sample.id: sample for _, sample in rows}
+
+    def judgements(self) -> list[tuple[str, int | None, str | None]]:
+        """(turn, score, error) in the order of their commits."""
+        with closing(sqlite3.connect(self.path)) as connection:
+            return connection.execute("SELECT turn, score, error FROM judgements ORDER BY seq").fetchall()
+
+    def stats(self) -> dict[str, Any]:
+        """The collector's, once it has counted what is in the journal."""
+        while (stats := ask(self.collector.stats.remote()))["in_flight"]:
+            time.sleep(0.02)
+        return stats
+
+
+def rewards(sample: Sample) -> float:
+    """The one advantage of a sample's reply tokens."""
+    assert sample.advantages is not None
+    values = np.unique(sample.advantages[sample.loss_mask])
+    assert len(values) == 1
+    return float(values[0])
+
+
+def expected_advantages(scores: list[int | None], decay: float = 0.9) -> list[float]:
+    """score - running mean, folded by hand."""
+    mean, advantages = 0.0, []
+    for score in scores:
+        if score is not None:
+            advantages.append(score - mean)
+            mean = decay * mean + (1 - decay) * score
+    return advantages
+
+
+def test_a_turn_becomes_a_judgement_and_a_sample(actors, tmp_path):
+    house = House(actors, tmp_path)
+    house.collect()
+    turn = house.say("-1 hint: be brief; use no list")
+    house.wait(1)
+    sample = house.samples()[turn.id]
+    np.testing.assert_array_equal(sample.token_ids[sample.loss_mask], turn.capture.completion_ids)
+    np.testing.assert_array_equal(sample.logprobs[sample.loss_mask], turn.capture.logprobs)
+    assert rewards(sample) == -1
+    assert sample.distillation is not None
+    assert sample.distillation.valid[sample.loss_mask].any()
+    # the reference is version 0, which sampled the reply: exactly the behaviour log-probabilities
+    assert sample.reference_logprobs is not None
+    np.testing.assert_array_equal(sample.reference_logprobs, sample.logprobs)
+    stats = house.stats()
+    assert (stats["judged"], stats["samples"], stats["hints"], stats["abstained"]) == (1, 1, 1, 0)
+    assert stats["reward"] == -1
+
+
+def test_what_cannot_teach_makes_a_judgement_only(actors, tmp_path):
+    house = House(actors, tmp_path)
+    house.collect(LearningSection(baseline="none"))
+    for script in ("0", "?", "+1"):
+        house.say(script)
+    house.wait(3)
+    assert set(house.samples()) == {house.turns[2].id}
+    assert house.stats()["skipped"] == 2
+    counts = ask(house.journal.counts.remote())
+    assert (counts["abstentions"], counts["samples"]) == (1, 1)
+
+
+def test_samples_do_not_depend_on_which_judgement_was_quicker(actors, tmp_path):
+    """Early turns are judged slowest; baselines still move in the order in which the next states arrived."""
+    scripts = ["+1", "-1 hint: be brief", "+1", "?", "0", "-1", "+1", "-1"]
+    waits = [0.6, 0.0, 0.4, 0.1, 0.3, 0.0, 0.2, 0.0]
+    slow, quick = House(actors, tmp_path / "slow"), House(actors, tmp_path / "quick")
+    for i, (script, wait) in enumerate(zip(scripts, waits, strict=True)):
+        word, *rest = script.split(maxsplit=1)
+        slow.say(" ".join([word, f"wait:{wait}", *rest]), user=("ann", "bob")[i % 2])
+        quick.say(script, user=("ann", "bob")[i % 2])
+    for house in (slow, quick):
+        house.collect(concurrency=8)
+        house.wait(len(scripts))
+    assert slow.samples().keys() == quick.samples().keys()
+    for id, sample in slow.samples().items():
+        np.testing.assert_array_equal(sample.advantages, quick.samples()[id].advantages)
+    for first in (0, 1):
+        turns, said = slow.turns[first::2], [script.split()[0] for script in scripts[first::2]]
+        scores = [None if word == "?" else int(word) for word in said]
+        found = [rewards(slow.samples()[turn.id]) for turn in turns if turn.id in slow.samples()]
+        np.testing.assert_allclose(found, expected_advantages(scores), rtol=1e-6)
+        order = [turn for turn, _, _ in slow.judgements()]
+        assert [turn.id for turn in turns] == [id for id in order if id in {turn.id for turn in turns}]
+
+
+def test_turns_are_judged_side_by_side_up_to_the_concurrency(actors, tmp_path):
+    house = House(actors, tmp_path)
+    for i in range(8):
+        house.say("+1 wait:0.5", user=f"user{i}")
+    house.collect(concurrency=4)
+    house.wait(8)
+    assert ask(house.judge.most_at_once.remote()) == 4
+
+
+def test_a_late_judgement_abstains_and_holds_up_nobody_else(actors, tmp_path):
+    house = House(actors, tmp_path)
+    house.collect(timeout_s=3.0)
+    late = house.say("+1 wait:60", user="ann")
+    prompt = house.say("+1", user="bob")
+    house.wait(1)
+    assert house.judgements() == [(prompt.id, 1, None)]
+    house.wait(2)
+    assert house.judgements()[1][:2] == (late.id, None)
+    assert "judge.timeout_s=3" in str(house.judgements()[1][2])
+    assert set(house.samples()) == {prompt.id}
+    assert house.stats()["abstained"] == 1
+
+
+def test_a_judge_that_dies_and_comes_back_loses_no_turn(actors, tmp_path):
+    house = House(actors, tmp_path)
+    house.collect(concurrency=4)
+    for _ in range(8):
+        house.say("+1 wait:1")
+    while not ask(house.judge.most_at_once.remote()):
+        time.sleep(0.02)
+    ray.kill(house.judge, no_restart=False)
+    house.wait(8)
+    assert [(turn, score) for turn, score, _ in house.judgements()] == [(turn.id, 1) for turn in house.turns]
+    assert len(house.samples()) == 8
+    assert house.stats()["retries"] > 0
+
+
+def test_a_judge_that_stays_away_makes_turns_abstain_with_the_reason(actors, tmp_path):
+    house = House(actors, tmp_path)
+    ray.kill(house.judge, no_restart=True)
+    house.collect(timeout_s=1.0)
+    house.say("+1")
+    house.wait(1)
+    [(_, score, error)] = house.judgements()
+    assert score is None
+    assert "ActorDied" in str(error)
+    assert house.stats()["retries"] > 1
+    assert house.samples() == {}
+
+
+def test_a_judge_that_raises_is_asked_again_and_then_abstains(actors, tmp_path):
+    house = House(actors, tmp_path)
+    house.collect(timeout_s=2.0)
+    house.say("no script at all")
+    house.say("+1")
+    house.wait(2)
+    assert [score for _, score, _ in house.judgements()] == [None, 1]
+    assert "JudgeError" in str(house.judgements()[0][2])
+
+
+def test_a_teacher_that_refuses_drops_only_its_term(actors, tmp_path):
+    """The judge's context holds the reply's prompt, but not with the long hint added."""
+    house = House(actors, tmp_path, seed=0, max_model_len=150)
+    house.collect()
+    turn = house.say(f"-1 hint: be brief; {'be really brief ' * 20}")
+    house.wait(1)
+    sample = house.samples()[turn.id]
+    assert sample.distillation is not None, "the short hint's teacher is there"
+    assert house.stats()["teacher_failures"] == 1
+
+    other = house.say(f"-1 hint: {'be really brief ' * 20}")
+    house.wait(2)
+    sample = house.samples()[other.id]
+    assert sample.distillation is None
+    assert sample.advantages is not None
+    assert sample.reference_logprobs is not None
+    stats = house.stats()
+    assert (stats["teacher_failures"], stats["reference_failures"], stats["abstained"]) == (2, 0, 0)
+
+
+def test_the_current_teacher_is_the_policy(actors, tmp_path):
+    frozen, current = House(actors, tmp_path / "frozen"), House(actors, tmp_path / "current")
+    targets = []
+    for house, teacher in ((frozen, "frozen"), (current, "current")):
+        policy = actors(ScriptedPolicy, 0, 3)
+        house.collect(LearningSection.model_validate({"teacher": teacher, "difference_clip": 100.0}), policy)
+        turn = house.say("-1 hint: be brief")
+        house.wait(1)
+        targets.append(house.samples()[turn.id].distillation)
+    assert targets[0] is not None
+    assert targets[1] is not None
+    assert (targets[0].advantages != targets[1].advantages).any()
+
+
+def test_only_max_hints_are_scored(actors, tmp_path):
+    house = House(actors, tmp_path, seed=0, max_model_len=150)
+    house.collect(LearningSection(max_hints=1))
+    house.say(f"-1 hint: be brief; {'be really brief ' * 20}")
+    house.wait(1)
+    assert house.stats()["teacher_failures"] == 0
+
+
+@pytest.mark.parametrize("gently", [True, False], ids=["closed", "killed"])
+def test_a_new_collector_goes_on_where_the_old_one_ended(actors, tmp_path, gently):
+    """Every turn is judged once, and the baseline goes on from the journal's scores."""
+    house = House(actors, tmp_path)
+    scores = [1, -1, 1, 1, -1, 1, 1, 1]
+    for i, score in enumerate(scores):
+        house.say(f"{score} wait:{0.0 if i < 4 else 0.3}")
+    first = house.collect(concurrency=2)
+    house.wait(4)
+    if gently:
+        started = time.monotonic()
+        ask(first.close.remote())
+        assert time.monotonic() - started < 2
+    ray.kill(first)
+    house.collect()
+    house.wait(8)
+    assert [turn for turn, _, _ in house.judgements()] == [turn.id for turn in house.turns]
+    found = [rewards(house.samples()[turn.id]) for turn in house.turns]
+    np.testing.assert_allclose(found, expected_advantages([*scores]), rtol=1e-4)
+
+
+def test_a_restarted_collector_needs_no_word(actors, tmp_path):
+    house = House(actors, tmp_path)
+    collector = house.collect()
+    ask(collector.stats.remote())
+    ray.kill(collector, no_restart=False)
+    house.say("+1")
+    house.wait(1)
+
+
+def test_a_journal_that_dies_and_comes_back_loses_no_judgement(actors, tmp_path):
+    house = House(actors, tmp_path)
+    house.collect()
+    for _ in range(4):
+        house.say("+1 wait:1")
+    while not ask(house.judge.most_at_once.remote()):
+        time.sleep(0.02)
+    ray.kill(house.journal, no_restart=False)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            house.wait(4)
+            break
+        except RayActorError:
+            time.sleep(0.1)
+    assert [turn for turn, _, _ in house.judgements()] == [turn.id for turn in house.turns]
+    found = [rewards(house.samples()[turn.id]) for turn in house.turns]
+    np.testing.assert_allclose(found, expected_advantages([1] * 4), rtol=1e-6)
+
+
+def test_many_turns_of_one_user_flow(actors, tmp_path):
+    """More turns than the collector holds at once, some quick, some slow: none is lost, none deadlocks."""
+    house = House(actors, tmp_path)
+    for i in range(40):
+        house.say(f"{'+1' if i % 3 else '-1'} wait:{0.05 if i % 7 == 0 else 0.0}", user=("ann", "bob")[i % 5 == 0])
+    house.collect(concurrency=2)
+    house.wait(40)
+    assert len({turn for turn, _, _ in house.judgements()}) == 40
+    assert house.stats()["judged"] == 40

@@ -1,0 +1,161 @@
+"""Settings: the shipped files, overrides, and what a wrong one is told."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from clawrl.config import Config, load_config, model_path
+from clawrl.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+GPUS = {"cpu": 0, "one_gpu": 1, "eight_gpu": 8}
+
+
+def num_gpus(config: Config) -> float:
+    engines = (config.policy, config.judge)
+    return (
+        sum(engine.replicas * engine.gpus_per_replica for engine in engines)
+        + config.trainer.workers * config.trainer.gpus_per_worker
+    )
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_shipped_file_loads(path):
+    config = load_config(path)
+    for engine in (config.policy, config.judge):
+        if engine.gpus_per_replica:
+            assert engine.dtype != "float32", "a GPU engine in float32 wastes half of its memory"
+    assert config.trainer.pack_tokens >= config.policy.max_model_len, "the longest sample must fit into one pass"
+    assert config.judge.max_model_len >= config.policy.max_model_len, "the teacher reads the policy's prompts"
+
+
+@pytest.mark.parametrize(("name", "gpus"), GPUS.items())
+def test_gpu_totals_agree_with_the_file_name(name, gpus):
+    assert num_gpus(load_config(CONFIGS / f"{name}.toml")) == pytest.approx(gpus)
+
+
+def test_one_gpu_engines_leave_memory_to_the_trainer():
+    config = load_config(CONFIGS / "one_gpu.toml")
+    assert config.policy.gpu_memory_utilization + config.judge.gpu_memory_utilization <= 0.5
+
+
+def test_cpu_file_states_the_defaults_and_nothing_else():
+    assert load_config(CONFIGS / "cpu.toml") == load_config(None) == Config()
+
+
+def test_cpu_file_shows_every_key_to_a_new_user():
+    tree = tomllib.loads((CONFIGS / "cpu.toml").read_text())
+    for name, section in Config():
+        assert name in tree
+        if isinstance(tree[name], dict):
+            absent = {key for key, value in section if key not in tree[name] and value is not None}
+            assert absent <= {"gpu_memory_utilization"}, f"[{name}] does not show {absent}"
+
+
+def test_eight_gpu_file_is_the_reference_setting():
+    config = load_config(CONFIGS / "eight_gpu.toml")
+    assert (config.trainer.workers, config.policy.replicas, config.judge.replicas) == (4, 2, 2)
+    assert (config.policy.max_model_len, config.policy.max_reply_tokens) == (32768, 8192)
+    assert (config.trainer.learning_rate, config.trainer.betas, config.trainer.weight_decay) == (1e-5, (0.9, 0.98), 0.1)
+    assert (config.buffer.batch_size, config.policy.temperature, config.learning.kl_weight) == (16, 0.6, 0.01)
+
+
+def test_a_trailing_comment_never_hides_a_value():
+    """A reader trusts that what a shipped file comments on is set: no line is a commented-out key."""
+    for path in CONFIGS.glob("*.toml"):
+        assert not re.search(r"^#\s*\w+\s*=\s*\S", path.read_text(), re.MULTILINE), path.name
+
+
+@pytest.mark.parametrize(
+    ("word", "section", "key", "value"),
+    [
+        ("learning.method=rl", "learning", "method", "rl"),
+        ("buffer.batch_size=3", "buffer", "batch_size", 3),
+        ("trainer.learning_rate=1e-4", "trainer", "learning_rate", 1e-4),
+        ("trainer.betas=[0.8, 0.9]", "trainer", "betas", (0.8, 0.9)),
+        ("policy.tool_parser=null", "policy", "tool_parser", None),
+        ("trainer.activation_checkpointing=true", "trainer", "activation_checkpointing", True),
+        ("policy.gpus_per_replica=0.5", "policy", "gpus_per_replica", 0.5),
+        ("policy.gpus_per_replica=2", "policy", "gpus_per_replica", 2),
+    ],
+)
+def test_override(word, section, key, value):
+    assert getattr(getattr(load_config(None, [word]), section), key) == value
+
+
+def test_overrides_reach_nested_sections_and_the_last_one_wins():
+    config = load_config(CONFIGS / "cpu.toml", ["learning.clip.low=0.1", "learning.clip.low=0.3", "run_root=/tmp/x"])
+    assert (config.learning.clip.low, config.learning.clip.high, config.run_root) == (0.3, 0.28, "/tmp/x")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["learning.metod=rl"], ["learning.metod is not a key", "method", "kl_weight"]),
+        (["learning.clip.hi=1"], ["learning.clip.hi is not a key", "allowed here: high, low"]),
+        (["lerning.method=rl"], ["lerning is not a key", "learning"]),
+        (["learning.method=ppo"], ["learning.method", '"ppo"', "'rl', 'opd' or 'hybrid'"]),
+        (["buffer.max_lag=0"], ["buffer.max_lag = 0", "greater than or equal to 1"]),
+        (["buffer.batch_size=many"], ["buffer.batch_size", '"many"', "integer"]),
+        (["learning.support=8"], ["learning.support=8", "policy.support=4", "raise policy.support"]),
+        (["policy.max_reply_tokens=2048"], ["policy.max_reply_tokens=2048", "lower it"]),
+        (["policy.gpus_per_replica=1.5"], ["policy.gpus_per_replica = 1.5", "whole number"]),
+        (["policy.gpus_per_replica=inf"], ["policy.gpus_per_replica", "finite"]),
+        (["trainer.gpus_per_worker=2"], ["trainer.gpus_per_worker = 2", "less than or equal to 1"]),
+        (["trainer.gpus_per_worker=0.5"], ["trainer", "workers=2", "NCCL"]),
+        (["policy.model=/a/b"], ["judge.model='clawrl:tiny'", "learning.kl_weight=0"]),
+        (["gateway"], ["'gateway'", "section.key=value"]),
+        (["=3"], ["section.key=value"]),
+        (["run_root.x=3", "run_root.x.y=3"], ["'x' is not a section"]),
+    ],
+)
+def test_a_wrong_override_is_refused_with_key_and_remedy(words, told):
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, words)
+    for part in told:
+        assert part in str(caught.value)
+
+
+def test_a_wrong_file_is_named(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("[buffer]\nbatchsize = 3\n")
+    with pytest.raises(ConfigError, match=r"mine\.toml.*buffer\.batchsize is not a key; allowed here: batch_size"):
+        load_config(path)
+    path.write_text("[buffer\n")
+    with pytest.raises(ConfigError, match=r"mine\.toml is not valid TOML"):
+        load_config(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"mine\.toml is not valid TOML"):
+        load_config(path)
+    with pytest.raises(ConfigError, match=r"absent\.toml cannot be read: No such file"):
+        load_config(tmp_path / "absent.toml")
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        load_config(tmp_path)
+
+
+def test_a_long_wrong_value_is_shortened():
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["learning.method=" + "x" * 5000])
+    assert len(str(caught.value)) < 400
+
+
+def test_other_models_are_free_where_the_judge_scores_nothing():
+    words = ["policy.model=/a/b", "learning.teacher=current", "learning.kl_weight=0"]
+    assert load_config(None, words).policy.model == "/a/b"
+    assert load_config(None, ["policy.model=/a/b", "learning.method=rl", "learning.kl_weight=0"])
+
+
+def test_a_section_cannot_be_changed_in_place():
+    with pytest.raises(ValueError, match="frozen"):
+        Config().buffer.batch_size = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_model_path(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert model_path(str(tmp_path)) == str(tmp_path.resolve())
+    assert model_path("Qwen/Qwen3-4B") == "Qwen/Qwen3-4B"
+    for absent in (str(tmp_path / "nothing"), "./nothing", "clawrl:nothing"):
+        with pytest.raises(ConfigError, match=r"nothing.* is not a model folder"):
+            model_path(absent)

@@ -1,0 +1,420 @@
+"""The journal's store: exact round trips, idempotence, look-ups, one consumption per sample, and clear refusals."""
+
+import dataclasses
+import resource
+import sqlite3
+import stat
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sqlalchemy import event
+
+from clawrl.errors import JournalError
+from clawrl.journal.store import JournalStore
+from clawrl.types import (
+    Capture,
+    Distillation,
+    Feedback,
+    Judgement,
+    NextState,
+    Sample,
+    Scores,
+    Swap,
+    Turn,
+    VersionEvent,
+    VersionSpan,
+    WeightVersion,
+)
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "journal.sqlite"
+
+
+@pytest.fixture
+def store(path):
+    with closing(JournalStore(f"sqlite:///{path}")) as opened:
+        yield opened
+
+
+def turn(id: str, **changed) -> Turn:
+    capture = Capture(
+        prompt_ids=np.array([5, 2, 2**31 - 1], np.int32),
+        completion_ids=np.array([7, 9], np.int32),
+        logprobs=np.array([-0.1, -np.inf], np.float32),
+        top_ids=np.array([[7, 8], [9, 1]], np.int32),
+        top_logprobs=np.array([[-0.1, -3.25], [-1e-45, np.nan]], np.float32),
+        versions=(VersionSpan(3, 0, 1), VersionSpan(4, 1, 2)),
+    )
+    original = Turn(
+        id=id,
+        user="ann",
+        session="s",
+        index=0,
+        kind="main",
+        source="chat",
+        group=None,
+        messages=({"role": "user", "content": "Grüße \ud83d \x00 \U0001f600"},),
+        tools=({"type": "function", "function": {"name": "add", "parameters": {}}},),
+        template={"enable_thinking": False},
+        reply={"role": "assistant", "content": None, "tool_calls": []},
+        finish_reason="stop",
+        conversation=f"digest of {id}",
+        capture=capture,
+        started=0.1,
+        ended=1e9 + 1 / 3,
+    )
+    return dataclasses.replace(original, **changed)
+
+
+def next_state(turn: str, **changed) -> NextState:
+    messages = ({"role": "tool", "content": "1"}, {"role": "tool", "content": "2"})
+    return dataclasses.replace(NextState(turn, "tool", messages, False, 2.5), **changed)
+
+
+def judgement(turn: str, score: Any = 1, hints: tuple[str, ...] = ()) -> Judgement:
+    return Judgement(turn, (1, None, -1), score, hints, 0, 0.25, None if score is not None else "timeout", 3.0)
+
+
+def sample(id: str, **changed) -> Sample:
+    mask = np.array([False, True, True])
+    original = Sample(
+        id=id,
+        user="ann",
+        source="chat",
+        token_ids=np.array([1, 2, 3], np.int32),
+        loss_mask=mask,
+        logprobs=np.array([0, -1, -2], np.float32),
+        advantages=None,
+        distillation=None,
+        reference_logprobs=None,
+        oldest_version=3,
+        newest_version=4,
+        weight=0.5,
+        at=4.0,
+    )
+    return dataclasses.replace(original, **changed)
+
+
+def version(number: int, *samples: str, **metrics: Any) -> WeightVersion:
+    return WeightVersion(number, number - 1 if number else None, "full", None, samples, metrics, 5.0)
+
+
+def assert_same(left, right) -> None:
+    """Equal through and through: types, dtypes, shapes, bits; NaN equals NaN."""
+    assert type(left) is type(right)
+    if dataclasses.is_dataclass(left):
+        for field in dataclasses.fields(left):
+            assert_same(getattr(left, field.name), getattr(right, field.name))
+    elif isinstance(left, np.ndarray):
+        assert (left.dtype, left.shape, left.tobytes()) == (right.dtype, right.shape, right.tobytes())
+    elif isinstance(left, tuple):
+        assert len(left) == len(right)
+        for one, other in zip(left, right, strict=True):
+            assert_same(one, other)
+    else:
+        assert left == right or (left != left and right != right)
+
+
+def rows(path: Path, query: str) -> list[tuple]:
+    """What another program sees."""
+    with closing(sqlite3.connect(path)) as connection:
+        return connection.execute(query).fetchall()
+
+
+class TestRoundTrips:
+    def test_turn(self, store):
+        original = turn("t")
+        store.append(original)
+        assert_same(store.turn("t"), original)
+        assert store.turn("another") is None
+
+    def test_arrays_without_elements_and_of_any_layout(self, store):
+        empty = np.zeros((0, 4), np.int32)
+        silent = Capture(np.arange(8, dtype=np.int32)[::2], empty[:, 0], empty[:, 0] * 1.0, empty, empty * 1.0, ())
+        store.append(turn("t", capture=silent))
+        assert_same(store.turn("t").capture.top_ids, empty)
+        assert_same(store.turn("t").capture.prompt_ids, np.array([0, 2, 4, 6], np.int32))
+
+    def test_next_state(self, store):
+        original = next_state("t")
+        store.append(turn("t"), original)
+        [(seq, answered, found)] = store.pairs_to_judge(0, 10)
+        assert seq == 1
+        assert_same(answered, turn("t"))
+        assert_same(found, original)
+
+    def test_sample_with_and_without_targets(self, store):
+        target = Distillation(
+            support=np.array([[1, 2]] * 3, np.int32),
+            behaviour_logprobs=np.full((3, 2), -0.5, np.float32),
+            advantages=np.array([[0, 0], [1, -1], [np.nan, 0]], np.float32),
+            valid=np.array([[False, False], [True, True], [False, True]]),
+        )
+        full = sample(
+            "full", advantages=np.ones(3, np.float32), distillation=target, reference_logprobs=np.ones(3, np.float32)
+        )
+        store.append(sample("bare"), full)
+        [(_, bare), (_, found)] = store.samples_to_train(0, 10)
+        assert_same(bare, sample("bare"))
+        assert_same(found, full)
+
+    def test_versions_events_and_swaps(self, store):
+        first = WeightVersion(0, None, "full", None, (), {}, 1.0)
+        second = WeightVersion(1, 0, "lora", "/v/1", ("a", "b"), {"loss": float("nan"), "kl": 0.1}, 2.0)
+        event = VersionEvent(1, "rejected", "canary off", 3.0)
+        unmeasured, broken = Swap(1, "r", 22.0, None, None, 4.0), Swap(1, "r", 22.0, float("nan"), float("inf"), 4.0)
+        store.append(first, second, event, unmeasured, broken)
+        for found, original in (
+            (store.versions(), (first, second)),
+            (store.version_events(), (event,)),
+            (store.swaps(), (unmeasured, broken)),
+        ):
+            assert_same(tuple(found[:1]), original[:1])
+            assert len(found) == len(original)
+        assert repr(store.versions()[1].metrics) == repr(second.metrics)
+        assert_same(store.swaps()[1], broken)  # NaN is not None
+
+    def test_numpy_scalars_become_plain(self, store, path):
+        store.append(judgement("t", score=np.int64(-1)), version(0, loss=np.float32(0.5)))
+        assert rows(path, "SELECT score, typeof(score) FROM judgements") == [(-1, "integer")]
+        assert store.versions()[0].metrics == {"loss": 0.5}
+
+    def test_the_sqlite3_command_reads_it(self, store, path):
+        store.append(turn("t"), next_state("t"), Feedback("f", "t", "ann", None, "shorter", 1.0), judgement("t"))
+        assert rows(path, 'SELECT id, "user", "index", json_extract(reply, "$.role") FROM turns') == [
+            ("t", "ann", 0, "assistant")
+        ]
+        assert rows(path, "SELECT score, text FROM feedback") == [(None, "shorter")]
+        assert rows(path, "SELECT votes, error FROM judgements") == [("[1,null,-1]", None)]
+
+
+class TestAppends:
+    def test_a_repeated_append_changes_nothing(self, store):
+        store.append(turn("t"), next_state("t"), judgement("t"), sample("t"), version(0))
+        before = store.counts()
+        store.append(turn("t", user="eve"), next_state("t", done=True), judgement("t", -1), sample("t"), version(0))
+        assert store.counts() == before
+        assert store.turn("t").user == "ann"
+
+    def test_the_first_next_state_wins(self, store):
+        store.append(turn("t"), next_state("t", role="user"))
+        store.append(next_state("t", role="tool"))
+        assert [found.role for _, _, found in store.pairs_to_judge(0, 10)] == ["user"]
+
+    def test_feedback_may_come_often(self, store, path):
+        store.append(Feedback("f1", "t", "ann", 1, None, 1.0), Feedback("f2", "t", "ann", -1, None, 2.0))
+        store.append(Feedback("f2", "t", "ann", -1, None, 2.0))
+        assert rows(path, "SELECT id FROM feedback") == [("f1",), ("f2",)]
+
+    def test_records_of_one_append_stand_or_fall_together(self, store):
+        with pytest.raises(JournalError, match="surrogates not allowed"):
+            store.append(turn("good"), turn("bad \ud800"))
+        assert store.counts()["turns"] == 0
+
+    def test_only_the_guilty_of_a_group_are_refused(self, store):
+        ids = ["a", "b", "bad \ud800", "c"]
+        outcomes = store.commit([store.appending(turn(id)) for id in ids])
+        assert [outcome is None for outcome in outcomes] == [True, True, False, True]
+        assert isinstance(outcomes[2], JournalError)
+        assert [store.turn(id) is not None for id in ("a", "b", "c")] == [True] * 3
+
+    def test_a_group_is_one_transaction(self, store, path):
+        before = path.with_name("journal.sqlite-wal").stat().st_size
+        store.commit([store.appending(judgement(str(number))) for number in range(32)])
+        grouped = path.with_name("journal.sqlite-wal").stat().st_size - before
+        assert 0 < grouped < 16 * 4096  # 32 transactions would log each changed page 32 times
+
+    def test_what_is_no_record_is_refused(self, store):
+        empty = np.zeros((0, 1), np.float32)
+        with pytest.raises(JournalError, match="Scores"):
+            store.append(Scores(empty[:, 0], empty.astype(np.int32), empty, 0))
+        with pytest.raises(JournalError, match="Judgement"):
+            store.append(judgement("t", score="good"))
+
+    def test_errors_repeat_no_words_of_users(self, store):
+        with pytest.raises(JournalError) as caught:
+            store.append(Feedback("f", "t", "ann", None, "my secret \ud800", 1.0))
+        assert "secret" not in str(caught.value)
+
+    def test_full_disk(self, store, path):
+        store.append(turn("before"))
+        unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+        size = path.with_name("journal.sqlite-wal").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 8192, unlimited[1]))
+        try:
+            with pytest.raises(JournalError, match="disk"):
+                store.append(turn("too much", reply={"role": "assistant", "content": "x" * 10**6}))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        store.append(turn("after"))
+        assert [store.turn(id) is not None for id in ("before", "too much", "after")] == [True, False, True]
+        assert rows(path, "PRAGMA integrity_check") == [("ok",)]
+
+
+class TestLookUps:
+    def test_open_turn_is_the_users_newest_main_turn_of_a_conversation(self, store):
+        store.append(turn("old", conversation="c"), turn("new", conversation="c", session="s2", index=4))
+        store.append(turn("side", conversation="c", kind="side"), turn("hers", conversation="c", user="eve"))
+        assert store.open_turn("ann", "c") == ("new", "s2", 4)
+        assert store.open_turn("ann", "unheard") is None
+
+    def test_last_turn_of_a_session(self, store):
+        store.append(turn("t0"), turn("t1", index=1, conversation="c1"), turn("other", session="s2", index=9))
+        store.append(turn("side", kind="side", index=7), turn("hers", user="eve", index=8))
+        assert store.last_turn("ann", "s") == ("t1", "s", 1, "c1")
+        assert store.last_turn("bob", "s") is None
+
+    def test_pairs_to_judge(self, store):
+        ids = ["a", "b", "side", "judged", "c"]
+        for id in ids:
+            store.append(turn(id, kind="side" if id == "side" else "main"), next_state(id))
+        store.append(turn("silent"), judgement("judged"), next_state("of no turn"))
+        pairs = store.pairs_to_judge(0, 10)
+        assert [found.id for _, found, _ in pairs] == ["a", "b", "c"]
+        assert [found.turn for _, _, found in pairs] == ["a", "b", "c"]
+        assert [found.id for _, found, _ in store.pairs_to_judge(pairs[0][0], 1)] == ["b"]
+        assert store.pairs_to_judge(pairs[-1][0], 10) == []
+
+    def test_recent_scores(self, store):
+        for number, score in enumerate([1, -1, None, 0, 1]):
+            store.append(turn(str(number)), judgement(str(number), score))
+        store.append(turn("hers", user="eve"), judgement("hers", -1))
+        assert store.recent_scores("ann", 10) == [1, -1, 0, 1]
+        assert store.recent_scores("ann", 2) == [0, 1]
+        assert store.recent_scores("bob", 2) == []
+
+    def test_counts(self, store):
+        store.append(turn("a"), turn("b", kind="side"), next_state("a"), sample("a"), sample("b"))
+        store.append(judgement("a", None), judgement("b", 1, ("be brief", "be kind")), judgement("c", 0))
+        store.record_version(version(0), None)
+        store.record_version(version(1, "a"), VersionEvent(1, "candidate", "trained", 1.0))
+        store.append(Swap(1, "r", 1.0, None, None, 2.0))
+        assert store.counts() == {
+            "turns": 2,
+            "main_turns": 1,
+            "next_states": 1,
+            "judgements": 3,
+            "abstentions": 1,
+            "hints": 1,
+            "samples": 2,
+            "consumed": 1,
+            "versions": 2,
+            "swaps": 1,
+        }
+
+    @pytest.mark.parametrize(
+        ("look_up", "index"),
+        [
+            ("open_turn('ann', 'c')", "turns_conversation_user_kind_seq"),
+            ("last_turn('ann', 's')", "turns_user_session_kind_seq"),
+            ("turn('t')", "turns_id"),
+        ],
+    )
+    def test_look_ups_stay_on_their_index(self, store, path, look_up, index):
+        statements = []
+        event.listen(store._reader, "before_cursor_execute", lambda *args: statements.append(args[2:4]))
+        eval(f"store.{look_up}")
+        [(statement, parameters)] = statements
+        with closing(sqlite3.connect(path)) as connection:
+            plan = [step[3] for step in connection.execute(f"EXPLAIN QUERY PLAN {statement}", parameters)]
+        assert len(plan) == 1
+        assert plan[0].startswith(f"SEARCH turns USING INDEX {index} ")
+
+
+class TestVersions:
+    def test_a_consumed_sample_is_not_trained_again(self, store):
+        store.append(sample("a"), sample("b"), sample("c"))
+        event = VersionEvent(1, "candidate", "trained", 1.0)
+        store.record_version(version(1, "a", "b"), event)
+        assert [found.id for _, found in store.samples_to_train(0, 10)] == ["c"]
+        with pytest.raises(JournalError, match="version 2 would learn again from sample b, which version 1 consumed"):
+            store.record_version(version(2, "c", "b"), dataclasses.replace(event, version=2))
+        assert [found.id for _, found in store.samples_to_train(0, 10)] == ["c"]
+        assert ([found.number for found in store.versions()], store.version_events()) == ([1], [event])
+
+    def test_a_repetition_is_ignored(self, store):
+        event = VersionEvent(1, "candidate", "trained", 1.0)
+        for _ in range(2):
+            store.record_version(version(1, "a"), event)
+        assert (len(store.versions()), store.version_events()) == (1, [event])
+        with pytest.raises(JournalError, match="version 1 was recorded before with other samples"):
+            store.record_version(version(1, "b"), event)
+
+    def test_order_and_limit_of_samples(self, store):
+        store.append(*(sample(id) for id in "dbca"))
+        first = store.samples_to_train(0, 3)
+        assert [found.id for _, found in first] == ["d", "b", "c"]
+        assert [found.id for _, found in store.samples_to_train(first[-1][0], 3)] == ["a"]
+
+
+class TestOpening:
+    def test_reopened_journal_has_everything(self, store, path):
+        store.append(turn("t"))
+        store.close()
+        with closing(JournalStore(f"sqlite:///{path}")) as again:
+            assert_same(again.turn("t"), turn("t"))
+            again.append(turn("u"))
+
+    def test_durability_settings(self, store, path):
+        store.append(turn("t"))
+        with store._writer.connect() as connection:
+            assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2  # FULL
+            assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+    def test_readers_see_the_last_commit_while_a_transaction_is_open(self, store, path):
+        store.append(turn("t"))
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            other.execute("UPDATE turns SET id = 'stolen'")
+            assert store.turn("t") is not None
+            other.execute("ROLLBACK")
+
+    def test_newer_schema(self, store, path):
+        store.close()
+        with closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute("UPDATE meta SET value = '99' WHERE name = 'schema'")
+        before = path.read_bytes()
+        with pytest.raises(JournalError, match=r"has schema 99 and this clawrl knows 1; use the clawrl that wrote it"):
+            JournalStore(f"sqlite:///{path}")
+        assert path.read_bytes() == before
+
+    def test_another_programs_database_stays_as_it_is(self, path):
+        with closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute("CREATE TABLE recipes (name TEXT)")
+        before = path.read_bytes()
+        with pytest.raises(JournalError, match="another program's tables; name another file"):
+            JournalStore(f"sqlite:///{path}")
+        assert path.read_bytes() == before
+        assert list(path.parent.iterdir()) == [path]
+
+    def test_no_database_at_all(self, path):
+        path.write_text("all work and no play " * 100)
+        with pytest.raises(JournalError, match="not a database; name another file"):
+            JournalStore(f"sqlite:///{path}")
+
+    def test_missing_folder(self, tmp_path):
+        with pytest.raises(JournalError, match=r"nowhere/journal.sqlite cannot be opened: .*make its folder first"):
+            JournalStore(f"sqlite:///{tmp_path}/nowhere/journal.sqlite")
+        assert not (tmp_path / "nowhere").exists()
+
+    def test_read_only(self, store, path):
+        store.append(turn("t"))
+        store.close()
+        with pytest.raises(JournalError, match="readonly database; give this user write access"):
+            JournalStore(f"sqlite:///file:{path}?mode=ro&uri=true")
+
+    def test_unwritable_folder(self):
+        with pytest.raises(JournalError, match="cannot be opened"):
+            JournalStore("sqlite:////proc/journal.sqlite")
+
+    @pytest.mark.parametrize("url", ["sqlite", "sqlite://", "sqlite:///:memory:", "mysql://u:secret@h/d", "", "///"])
+    def test_useless_urls(self, url):
+        with pytest.raises(JournalError, match=r"journal\.url.*use sqlite:////folder/journal\.sqlite") as caught:
+            JournalStore(url)
+        assert "secret" not in str(caught.value)

@@ -1,0 +1,197 @@
+"""The registry's state machine, canary verdicts and checkpoints on disk."""
+
+import json
+
+import numpy as np
+import pytest
+
+from clawrl.errors import WeightSyncError
+from clawrl.training.checkpoint import read_buckets, read_canary, write_checkpoint
+from clawrl.training.versions import Registry, canary_distance, canary_verdict
+from clawrl.types import Bucket, Canary, Swap, VersionEvent, WeightVersion
+
+
+def registry_with(count: int) -> Registry:
+    registry = Registry()
+    for number in range(1, count + 1):
+        registry.add(registry.candidate(number, number - 1, at=0.0), number - 1)
+    return registry
+
+
+def test_an_empty_registry_serves_version_zero():
+    registry = Registry()
+    assert (registry.head, registry.next_number, registry.desired, registry.serving) == (0, 1, 0, 0)
+
+
+def test_a_candidate_is_desired_before_it_serves():
+    registry = registry_with(1)
+    assert (registry.head, registry.desired, registry.serving, registry.state(1)) == (1, 1, 0, "candidate")
+
+
+def test_acceptance_retires_what_it_overtakes():
+    registry = registry_with(3)
+    assert [(e.version, e.state) for e in registry.accept(1, "ok", 0.0)] == [(1, "serving"), (0, "retired")]
+    # 2 was never reported: 3 overtakes it and 1.
+    events = registry.accept(3, "ok", 0.0)
+    assert [(e.version, e.state) for e in events] == [(3, "serving"), (1, "retired"), (2, "retired")]
+    assert registry.accept(3, "ok", 0.0) == []  # the second replica
+
+
+def test_rejection_returns_to_the_parent():
+    registry = registry_with(2)
+    registry.accept(1, "ok", 0.0)
+    assert [(e.version, e.state) for e in registry.reject(2, "bad", 0.0)] == [(2, "rejected")]
+    assert (registry.desired, registry.head, registry.next_number) == (1, 1, 3)
+    registry.add(registry.candidate(3, 1, 0.0), 1)
+    assert registry.head == 3
+
+
+def test_rejecting_a_serving_version_restores_its_parent():
+    registry = registry_with(2)
+    registry.accept(1, "ok", 0.0)
+    registry.accept(2, "ok", 0.0)
+    events = registry.reject(2, "users correct it more", 0.0)
+    assert [(e.version, e.state) for e in events] == [(2, "rejected"), (1, "serving")]
+    assert registry.desired == registry.serving == 1
+
+
+def test_rejection_takes_descendants_along():
+    registry = registry_with(3)
+    registry.accept(1, "ok", 0.0)
+    assert [e.version for e in registry.reject(2, "bad", 0.0)] == [2, 3]
+    assert registry.head == 1
+
+
+def test_siblings_of_a_rejected_version_stay():
+    registry = registry_with(1)
+    registry.accept(1, "ok", 0.0)
+    registry.add(registry.candidate(2, 1, 0.0), 1)
+    registry.reject(2, "bad", 0.0)
+    registry.add(registry.candidate(3, 1, 0.0), 1)
+    assert registry.reject(2, "bad again", 0.0) == []
+    assert registry.head == 3
+
+
+@pytest.mark.parametrize("act", [lambda r: r.accept(2, "", 0.0), lambda r: r.candidate(4, 2, 0.0)])
+def test_a_rejected_version_has_no_future(act):
+    registry = registry_with(3)
+    registry.reject(2, "bad", 0.0)
+    with pytest.raises(WeightSyncError, match="rejected"):
+        act(registry)
+
+
+def test_numbers_follow_each_other_and_unknown_ones_are_refused():
+    registry = registry_with(1)
+    with pytest.raises(WeightSyncError, match="2 is"):
+        registry.candidate(1, 0, 0.0)
+    with pytest.raises(WeightSyncError, match="does not exist"):
+        registry.state(7)
+    with pytest.raises(WeightSyncError, match="cannot be rejected"):
+        registry.reject(0, "no", 0.0)
+
+
+def test_the_registry_comes_back_from_its_events():
+    registry, events = Registry(), []
+    versions = []
+    for number, parent in [(1, 0), (2, 1), (3, 2)]:
+        event = registry.candidate(number, parent, 0.0)
+        registry.add(event, parent)
+        events.append(event)
+        versions.append(WeightVersion(number, parent, "full", None, (), {}, 0.0))
+    events += registry.accept(1, "ok", 0.0)
+    events += registry.reject(3, "bad", 0.0)
+    again = Registry(versions, events)
+    assert again.states() == registry.states() == {0: "retired", 1: "serving", 2: "candidate", 3: "rejected"}
+    assert (again.head, again.next_number, again.desired) == (2, 4, 2)
+
+
+def test_an_event_of_nothing_is_refused():
+    with pytest.raises(WeightSyncError, match="never recorded"):
+        Registry([], [VersionEvent(5, "serving", "", 0.0)])
+
+
+def swap(error: float | None, moved: float | None) -> Swap:
+    return Swap(3, "replica", 20.0, error, moved, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("error", "moved", "expected_move", "accepted"),
+    [
+        (1e-4, 0.3, 0.3, True),
+        (0.5, 0.3, 0.3, False),  # serves other weights than the trainer's
+        (float("nan"), 0.3, 0.3, False),
+        (1e-4, 0.0, 1e-3, False),  # close enough to the tolerance to hide: the publish changed nothing
+        (1e-4, 0.0, 0.0, True),  # a skipped step moves nothing, rightly
+        (1e-4, 0.0, None, True),
+        (1e-4, None, 0.3, True),
+        (None, None, 0.3, None),
+    ],
+)
+def test_canary_verdicts(error, moved, expected_move, accepted):
+    verdict = canary_verdict(swap(error, moved), tolerance=2e-2, expected_move=expected_move)
+    assert verdict.accepted is accepted
+    assert verdict.reason
+
+
+def canary(*values: float) -> Canary:
+    return Canary((np.arange(len(values) + 1, dtype=np.int32),), (np.array(values, np.float32),))
+
+
+def test_canary_distance_is_the_largest_difference():
+    assert canary_distance(canary(-1.0, -2.0), canary(-1.5, -2.1)) == pytest.approx(0.5)
+    assert canary_distance(canary(-1.0), canary(-1.0, -2.0)) is None
+
+
+def bucket(**arrays: np.ndarray) -> Bucket:
+    dtypes = tuple("bfloat16" if array.dtype == np.uint16 else array.dtype.name for array in arrays.values())
+    return Bucket(tuple(arrays), dtypes, tuple(array.shape for array in arrays.values()), tuple(arrays.values()))
+
+
+@pytest.fixture
+def base(tmp_path):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"the base model's own weights")
+    return folder
+
+
+def test_a_checkpoint_reads_back_and_safetensors_agrees(base, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    rng = np.random.default_rng(0)
+    full = rng.normal(size=(3, 5)).astype(np.float32)
+    half = torch.randn(4, 2).bfloat16()
+    first = bucket(full=full, empty=np.zeros((0, 4), np.float32))
+    second = bucket(half=half.view(torch.uint16).numpy())
+    write_checkpoint(tmp_path / "7", [first, second], base, canary(-1.0, -2.0))
+    assert (tmp_path / "7" / "tokenizer.json").exists()
+    where = json.loads((tmp_path / "7" / "model.safetensors.index.json").read_text())["weight_map"]
+    loaded = load_file(tmp_path / "7" / where["full"]) | load_file(tmp_path / "7" / where["half"])
+    torch.testing.assert_close(loaded["full"], torch.from_numpy(full))
+    torch.testing.assert_close(loaded["half"], half)
+    (back,) = read_buckets(tmp_path / "7", bucket_bytes=1 << 20)
+    types = dict(zip(back.names, back.dtypes, strict=True))
+    assert types == {"full": "float32", "empty": "float32", "half": "bfloat16"}
+    np.testing.assert_array_equal(back.arrays[back.names.index("half")], half.view(torch.uint16).numpy())
+    assert len(list(read_buckets(tmp_path / "7", bucket_bytes=64))) == 2
+    kept = read_canary(tmp_path / "7")
+    assert kept is not None and canary_distance(kept, canary(-1.0, -2.0)) == 0
+
+
+def test_one_bucket_needs_no_index_and_replaces_what_a_crash_left(base, tmp_path):
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "torn").write_text("")
+    write_checkpoint(tmp_path / "1", [bucket(a=np.ones(2, np.float32))], base)
+    files = sorted(file.name for file in (tmp_path / "1").iterdir())
+    assert files == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert read_canary(tmp_path / "1") is None
+
+
+def test_a_broken_checkpoint_names_its_file(base, tmp_path):
+    with pytest.raises(WeightSyncError, match="model.safetensors cannot be read"):
+        list(read_buckets(base, 1 << 20))
+    with pytest.raises(WeightSyncError, match="no \\*.safetensors"):
+        list(read_buckets(tmp_path, 1 << 20))

@@ -9,10 +9,11 @@ from typing import Any
 
 import httpx
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from clawrl.config import load_config
-from clawrl.errors import ClawrlError
+from clawrl.errors import ClawrlError, ConfigError
 from clawrl.observe import set_up_logging
 
 console = Console(stderr=True, highlight=False)
@@ -25,9 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options)
     except ClawrlError as error:
-        from clawrl.main import fail
-
-        return fail(error)
+        console.print(f"[bold red]clawrl[/bold red] {escape(str(error))}")
+        return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return 130
 
@@ -71,7 +71,7 @@ def _serve(options: argparse.Namespace) -> int:
     config = config_of(options)
     from clawrl.main import serve_until_stopped  # vLLM, Ray and torch load only when needed
 
-    serve_until_stopped(config, lambda line: console.print(f"[bold]clawrl[/bold] {line}"))
+    serve_until_stopped(config, lambda line: console.print(f"[bold]clawrl[/bold] {escape(line)}", soft_wrap=True))
     return 0
 
 
@@ -84,10 +84,19 @@ def _status(options: argparse.Namespace) -> int:
     for component, facts in status.items():
         shown = facts if isinstance(facts, dict) else {"": facts}
         for key, value in shown.items():
-            table.add_row(component, key, json.dumps(value) if isinstance(value, (dict, list)) else str(value))
+            table.add_row(component, key, _told(value))
             component = ""
     Console().print(table)
     return 0
+
+
+def _told(value: Any) -> str:
+    """A value on one line, numbers to four digits."""
+    if isinstance(value, dict):
+        return "  ".join(f"{key}={_told(each)}" for key, each in value.items())
+    if isinstance(value, list):
+        return " ".join(map(_told, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _chat(options: argparse.Namespace) -> int:

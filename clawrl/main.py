@@ -11,7 +11,6 @@ import logging
 import os
 import shutil
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -102,18 +101,15 @@ class System:
         application = app.build(config, store=(store, f"{NAMESPACE}-weights"), journal=journal, status=told)
         serve.start(http_options=_http_options(config))
         loop = TrainLoop(config.trainer, config.learning, config.versions, config.policy.model, buffer, store)
-        self.training = (
-            ray.remote(run_trainer)
-            .options(
-                name=f"{NAMESPACE}-trainer",
-                num_cpus=0,
-                max_retries=0,
-                scheduling_strategy=_here(),
-                # Ray Train's actors ask Ray's state API, which must know which of several clusters is meant
-                runtime_env={"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}},
-            )
-            .remote(loop, str(self.run_directory), cpus_per_worker=TRAINER_CPUS)
-        )
+        trainer: Any = ray.remote(run_trainer)
+        self.training = trainer.options(
+            name=f"{NAMESPACE}-trainer",
+            num_cpus=0,
+            max_retries=0,
+            scheduling_strategy=_here(),
+            # Ray Train's actors ask Ray's state API, which must know which of several clusters is meant
+            runtime_env={"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}},
+        ).remote(loop, str(self.run_directory), cpus_per_worker=TRAINER_CPUS)
         serve.run(application, name=app.APPLICATION)
         judge = serve.get_deployment_handle("judge", app.APPLICATION)
         policy = serve.get_deployment_handle("policy", app.APPLICATION)
@@ -121,14 +117,14 @@ class System:
         say(f"serving {self.url} · run directory {self.run_directory}")
 
     def _actor(self, name: str, cls: type, *arguments: Any) -> Any:
-        """A named actor on this machine, where the run directory is; Ray restarts it, it comes back from the journal."""
+        """A named actor beside the run directory; Ray restarts it, and it comes back from the journal."""
         actor = (
             ray.remote(cls)
             .options(
                 name=f"{NAMESPACE}-{name}",
                 num_cpus=0,
                 max_restarts=-1,
-                max_task_retries=0,
+                max_task_retries=-1,
                 max_concurrency=1000,
                 scheduling_strategy=_here(),
             )
@@ -147,21 +143,22 @@ class System:
             ray.shutdown()
 
     def _close(self, deadline: float) -> None:
-        """The order matters: no new turns, then no new samples, then no new versions, then the log."""
+        """The order matters: no new samples, then no new versions, then the log."""
         try:
-            for name in ("collector", "buffer"):
-                if name in self.actors:
-                    ray.get(self.actors[name].close.remote(), timeout=3)
-            if self.training is not None:
-                ray.wait([self.training], timeout=max(0.1, deadline - time.monotonic() - 5))
             serve.delete(app.APPLICATION, _blocking=not self._owns_ray)
-            for name in ("weights", "journal"):
-                if name in self.actors:
-                    ray.get(self.actors[name].close.remote(), timeout=3)
+            self._close_actors("collector", "buffer")
+            if self.training is not None:
+                ray.wait([self.training], timeout=max(0.1, deadline - time.monotonic() - 4))
+            self._close_actors("weights", "journal")
         except Exception as error:
             log.warning("event=unclean_stop error=%s: %s", type(error).__name__, error)
         for actor in self.actors.values():
             ray.kill(actor)
+
+    def _close_actors(self, *names: str) -> None:
+        closing = [self.actors[name].close.remote() for name in names if name in self.actors]
+        if closing:
+            ray.wait(closing, num_returns=len(closing), timeout=3)
 
 
 def check(config: Config) -> None:
@@ -178,14 +175,14 @@ def check(config: Config) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(
-                f"gateway.port={port} on {host} cannot be bound: {error.strerror}; stop what uses it, or set another port"
+                f"gateway.port={port} on {host} cannot be bound: {error.strerror}; stop what uses it or set another"
             ) from error
     root = Path(config.run_root).resolve()
     existing = next(folder for folder in (root, *root.parents) if folder.exists())
     free = shutil.disk_usage(existing).free // 2**20
     if free < FREE_DISK_MIB:
         raise ConfigError(
-            f"run_root={config.run_root!r} has {free} MiB free, at least {FREE_DISK_MIB} are needed; free some or move it"
+            f"run_root={config.run_root!r} has {free} MiB free, {FREE_DISK_MIB} are needed; free some or move it"
         )
 
 
@@ -232,9 +229,3 @@ def _on_signals(stop: Callable[[], None]) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop())
-
-
-def fail(error: Exception) -> int:
-    """One clear line for the person at the terminal; the exit code."""
-    print(f"clawrl: {error}", file=sys.stderr)
-    return 2 if isinstance(error, ConfigError) else 1

@@ -32,10 +32,12 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+import jobs
 from clawrl.cli import add_config_options, config_of
 from clawrl.config import Config
-from clawrl.errors import ClawrlError
+from clawrl.errors import ClawrlError, ConfigError
 from clawrl.observe import set_up_logging
+from clawrl.types import Swap, WeightVersion
 from envs.chat.conversation import Conversation, Evaluation, evaluate, hold_conversation
 from envs.chat.user import SimulatedUser
 from envs.chat.world import make_problems
@@ -54,10 +56,9 @@ BEAT_S = 15.0
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0 it learnt, 1 it did not or something failed, 2 wrong use or config, 130 interrupted."""
-    started = time.time()
     options = _parser().parse_args(arguments)
     set_up_logging(logging.ERROR)
-    screen = Screen(started)
+    screen = Screen(jobs.STARTED)
     try:
         if options.seed is not None:
             options.overrides += [f"chat.seed={options.seed}", f"trainer.seed={options.seed}"]
@@ -67,17 +68,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except Exception as error:
         cause = _innermost(error)
-        if isinstance(cause, ClawrlError):
-            return _fail(cause)
-        print(f"clawrl: {_first_line(cause)}{screen.keep_traceback(error)}", file=sys.stderr)
-        return 1
+        told = str(cause) if isinstance(cause, ClawrlError) else _first_line(cause) + screen.keep_traceback(error)
+        print(f"clawrl: {told}", file=sys.stderr)
+        return 2 if isinstance(cause, ConfigError) else 1
     return _show(result)
-
-
-def _fail(error: ClawrlError) -> int:
-    from clawrl.main import fail
-
-    return fail(error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,9 +86,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(config: Config, screen: Screen) -> report.Report:
     """Everything between the command line and the report; nothing is left running, whatever happens."""
-    from clawrl.main import System  # torch and Ray load only once the command line is understood
-
     with screen:
+        from clawrl.main import System  # torch and Ray take seconds to load
+
         system = System.start(config, screen.say)
         # Ray has put its own handler of SIGTERM in place; ours takes the same way out as Ctrl-C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -128,7 +122,7 @@ async def _demonstrate(config: Config, system: Any, screen: Screen) -> Evidence:
     serving = time.time()
     wire = Wire()
     watch = Watch(system, screen)
-    async with _client(system.url, wire) as client, asyncio.TaskGroup() as group:
+    async with open_client(system.url, wire) as client, asyncio.TaskGroup() as group:
         watching = group.create_task(watch.run())
         screen.say(f"measuring on {config.chat.evaluation_problems} held-out problems")
         before = await _evaluate(client, config)
@@ -141,6 +135,8 @@ async def _demonstrate(config: Config, system: Any, screen: Screen) -> Evidence:
         after = await _evaluate(client, config)
         screen.say(_measured(after))
         watching.cancel()
+    journal = system.actors["journal"]
+    events = await journal.version_events.remote()
     return Evidence(
         method=config.learning.method,
         model=config.policy.model,
@@ -154,9 +150,10 @@ async def _demonstrate(config: Config, system: Any, screen: Screen) -> Evidence:
         after=after,
         first_replies=tuple(screen.first_replies),
         streams=tuple(wire.streams),
-        versions=tuple(await system.actors["journal"].versions.remote()),
-        swaps=tuple(await system.actors["journal"].swaps.remote()),
-        counts=await system.actors["journal"].counts.remote(),
+        versions=tuple(await journal.versions.remote()),
+        rejected=tuple({event.version: event for event in events if event.state == "rejected"}.values()),
+        swaps=tuple(await journal.swaps.remote()),
+        counts=await journal.counts.remote(),
         dropped=watch.state.dropped,
         requests=wire.num_requests,
         requests_failed=sum(talk.num_failed for talk in conversations) + before.num_failed + after.num_failed,
@@ -232,27 +229,34 @@ class _TimedTransport(httpx2.AsyncHTTPTransport):
 
 
 class _TimedStream(httpx2.AsyncByteStream):
-    """A response body that notes the longest wait between two of its pieces."""
+    """A response body that notes the longest wait between two of its pieces, and reports when it is closed.
+
+    Clients leave it at the end mark and may come back for what is left, so it may be iterated more than once.
+    """
 
     def __init__(self, body: Any, wire: Wire) -> None:
         self._body, self._wire = body, wire
+        self._first: float | None = None
+        self._last = self._longest_s = 0.0
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        started = last = time.time()
-        longest_s, any_piece = 0.0, False
         async for piece in self._body:
             now = time.time()
-            if any_piece:
-                longest_s = max(longest_s, now - last)
-            last, any_piece = now, True
+            if self._first is None:
+                self._first = now
+            else:
+                self._longest_s = max(self._longest_s, now - self._last)
+            self._last = now
             yield piece
-        self._wire.streams.append(Stream(started, last, longest_s))
 
     async def aclose(self) -> None:
+        if self._first is not None:
+            self._wire.streams.append(Stream(self._first, self._last, self._longest_s))
+            self._first = None
         await self._body.aclose()
 
 
-def _client(url: str, wire: Wire) -> openai.AsyncOpenAI:
+def open_client(url: str, wire: Wire) -> openai.AsyncOpenAI:
     """The official client; without retries, so that every failed request is counted."""
     http = openai.DefaultAsyncHttpxClient(transport=_TimedTransport(wire), trust_env=False)
     return openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=REQUEST_S, http_client=http)
@@ -287,7 +291,7 @@ class Watch:
     def __init__(self, system: Any, screen: Screen) -> None:
         self.state = State()
         self._system, self._screen = system, screen
-        self._told: set[int] = set()
+        self._num_told = 0
         self._news = asyncio.Condition()
 
     async def run(self) -> None:
@@ -331,17 +335,21 @@ class Watch:
         self.state.serving, self.state.head = versions["serving"] or 0, versions["head"]
 
     async def _tell_versions(self) -> None:
-        """A line for every version that was swapped in since the last look."""
-        if self.state.counts["swaps"] == len(self._told):
+        """A line for every swap since the last look."""
+        if self.state.counts["swaps"] == self._num_told:
             return
         journal = self._system.actors["journal"]
-        versions, swaps = await asyncio.gather(journal.versions.remote(), journal.swaps.remote())
+        versions, swaps, events = await asyncio.gather(
+            journal.versions.remote(), journal.swaps.remote(), journal.version_events.remote()
+        )
         made = {version.number: version for version in versions}
-        for swap in swaps:
-            if swap.version not in self._told and swap.version in made:
-                self._told.add(swap.version)
-                self.state.loss = made[swap.version].metrics.get("loss")
-                self._screen.land(made[swap.version], swap)
+        refused = {event.version: event.reason for event in events if event.state == "rejected"}
+        for swap in swaps[self._num_told :]:
+            version = made.get(swap.version)
+            if version is not None:
+                self.state.loss = version.metrics.get("loss", self.state.loss)
+                self._screen.land(version, swap, refused.get(swap.version))
+        self._num_told = len(swaps)
 
     def _require_trainer(self) -> None:
         done, _ = ray.wait([self._system.training], timeout=0)
@@ -365,7 +373,7 @@ class Screen:
         self.first_replies: list[FirstReply] = []
         self._console = Console(stderr=True, highlight=False)
         self._spinner = Spinner("dots")
-        self._step, self._total, self._num_failed = "starting", 0, 0
+        self._step, self._total, self._num_failed = "loading the program", 0, 0
         self._state = State()
         self._last_line = started
         self._live = Live(console=self._console, get_renderable=self._draw, refresh_per_second=4, transient=True)
@@ -392,8 +400,11 @@ class Screen:
             first = talk.exchanges[0]
             self.first_replies.append(FirstReply(began, first.satisfied, first.solution.correct))
 
-    def land(self, version: Any, swap: Any) -> None:
-        """A version is served."""
+    def land(self, version: WeightVersion, swap: Swap, refused: str | None) -> None:
+        """A replica took over a version."""
+        if refused is not None:
+            self._print(f"[red]version {swap.version} is rejected:[/] {refused}")
+            return
         metrics = version.metrics
         facts = [
             f"loss {metrics['loss']:+.4f}" if "loss" in metrics else "no step taken",

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from clawrl.types import Swap, WeightVersion
+from clawrl.types import Swap, VersionEvent, WeightVersion
 from envs.chat.conversation import Evaluation
 
 RESAMPLES = 20_000
@@ -66,6 +66,7 @@ class Evidence:
     first_replies: tuple[FirstReply, ...]
     streams: tuple[Stream, ...]
     versions: tuple[WeightVersion, ...]
+    rejected: tuple[VersionEvent, ...]  # versions that an engine did not really run
     swaps: tuple[Swap, ...]
     counts: dict[str, int]  # of the journal
     dropped: int  # samples too old for the trainer
@@ -131,6 +132,7 @@ class Report:
     samples_trained: int
     samples_dropped: int
     versions: int
+    versions_rejected: int
     swaps: int
     requests: int
     requests_failed: int
@@ -180,6 +182,7 @@ def build(evidence: Evidence) -> Report:
         samples_trained=counts["consumed"],
         samples_dropped=evidence.dropped,
         versions=len(evidence.versions),
+        versions_rejected=len(evidence.rejected),
         swaps=len(evidence.swaps),
         requests=evidence.requests,
         requests_failed=evidence.requests_failed,
@@ -220,7 +223,7 @@ def lines(report: Report) -> list[tuple[str, str]]:
         ("conversations · turns", f"{report.conversations} · {report.turns}"),
         ("judgements", f"{report.judgements}, of which {report.abstentions} abstained; {report.hints} with a hint"),
         ("samples", f"{report.samples}, {report.samples_trained} trained on, {report.samples_dropped} too old"),
-        ("versions · swaps", f"{report.versions} · {report.swaps}"),
+        ("versions · swaps", f"{report.versions}, {report.versions_rejected} of them rejected · {report.swaps}"),
         ("requests failed", f"{report.requests_failed} of {report.requests}"),
         ("longest stall of a stream", stall),
         ("seconds", f"{report.seconds:.0f}, of which {report.start_s:.0f} to start"),
@@ -374,6 +377,10 @@ def _shortcomings(evidence: Evidence) -> tuple[str, ...]:
         )
     if evidence.requests_failed:
         found.append(f"{evidence.requests_failed} of {evidence.requests} requests failed; none may")
+    if evidence.rejected:
+        found.append(
+            f"{len(evidence.rejected)} of {len(evidence.versions)} versions rejected: {evidence.rejected[0].reason}"
+        )
     if not evidence.drained:
         found.append("turns were still waiting for a judgement or for training when the time for it was over")
     return tuple(found)

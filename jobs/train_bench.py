@@ -7,13 +7,12 @@ for every position; the trainer's figure is that of its Ray Train worker group, 
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,30 +31,42 @@ def compare(
     steps: int = 12,
     batch_size: int = 16,
 ) -> dict[str, float]:
-    """Median tokens/s of both loops and their ratio. Needs `ray.init` before. One step is one batch of samples.
+    """Medians of tokens/s of both loops, and of the ratio step by step. Needs `ray.init` before.
 
-    `trainer_wall_tokens_per_s` counts everything between two versions: waiting, update, publication, journal.
+    The loops take turns on each batch, the other one idle, so that a change of the machine's load meets both alike.
+    Ratios are of wall time, and still worth little where `load` (1-minute average, this benchmark's own share
+    included) is far above `threads`: threads that spin for each other lose more to strangers than processes do.
     """
     settings = settings or TrainerSection(nice=0)
     learning = learning or LearningSection()
     folder = model_path(model)
     batches = [synthetic_batch(step, batch_size, learning.support) for step in range(WARM_UP_STEPS + steps)]
     threads = settings.workers * settings.threads
-    plain = plain_loop(folder, batches, settings, learning, threads)[WARM_UP_STEPS:]
-    versions = trainer_loop(folder, batches, settings, learning)
-    update = [version.metrics["tokens_per_s"] for version in versions][WARM_UP_STEPS:]
-    wall = [
-        later.metrics["tokens"] / (later.at - earlier.at)
-        for earlier, later in zip(versions, versions[1:], strict=False)
-    ][WARM_UP_STEPS - 1 :]
+    plain, update, published, publish, load = [], [], [], [], []
+    for batch, rate, version in zip(
+        batches,
+        plain_loop(folder, batches, settings, learning, threads),
+        trainer_loop(folder, batches, settings, learning),
+        strict=True,
+    ):
+        tokens = sum(len(sample.token_ids) for sample in batch)
+        plain.append(rate)
+        update.append(tokens / version.metrics["seconds"])
+        published.append(tokens / (version.metrics["seconds"] + version.metrics["publish_s"]))
+        publish.append(version.metrics["publish_s"])
+        load.append(os.getloadavg()[0])
+    timed = slice(WARM_UP_STEPS, None)
+    ratios = np.array(update[timed]) / np.array(plain[timed])
     return {
-        "plain_tokens_per_s": statistics.median(plain),
-        "trainer_tokens_per_s": statistics.median(update),
-        "trainer_wall_tokens_per_s": statistics.median(wall),
-        "ratio": statistics.median(update) / statistics.median(plain),
-        "wall_ratio": statistics.median(wall) / statistics.median(plain),
-        "publish_s": statistics.median([version.metrics["publish_s"] for version in versions][WARM_UP_STEPS:]),
         "threads": float(threads),
+        "load": statistics.median(load[timed]),
+        "plain_tokens_per_s": statistics.median(plain[timed]),
+        "trainer_tokens_per_s": statistics.median(update[timed]),
+        "trainer_published_tokens_per_s": statistics.median(published[timed]),
+        "publish_s": statistics.median(publish[timed]),
+        "ratio": float(np.median(ratios)),
+        "ratio_lowest": float(ratios.min()),
+        "ratio_highest": float(ratios.max()),
     }
 
 
@@ -95,7 +106,7 @@ def _synthetic_sample(rng: np.random.Generator, name: str, k: int, vocabulary: i
 
 def plain_loop(
     folder: str, batches: Sequence[Sequence[Sample]], settings: TrainerSection, learning: LearningSection, threads: int
-) -> list[float]:
+) -> Iterator[float]:
     """Tokens/s (padding not counted) of each step of a single-process PyTorch loop with the same objective."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -106,7 +117,6 @@ def plain_loop(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
     )
-    rates = []
     for batch in batches:
         started = time.perf_counter()
         loss = _padded_loss(model, batch, learning)
@@ -114,8 +124,7 @@ def plain_loop(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
         optimizer.step()
-        rates.append(sum(len(sample.token_ids) for sample in batch) / (time.perf_counter() - started))
-    return rates
+        yield sum(len(sample.token_ids) for sample in batch) / (time.perf_counter() - started)
 
 
 def _padded_loss(model: Any, batch: Sequence[Sample], learning: LearningSection) -> Any:
@@ -150,8 +159,8 @@ def _padded_loss(model: Any, batch: Sequence[Sample], learning: LearningSection)
 
 def trainer_loop(
     folder: str, batches: Sequence[Sequence[Sample]], settings: TrainerSection, learning: LearningSection
-) -> list[Any]:
-    """Versions that the real trainer makes of the batches, one each, with their metrics."""
+) -> Iterator[Any]:
+    """The version that the real trainer makes of each batch, with its metrics; it gets a batch when asked to go on."""
     import ray
 
     from clawrl.journal.actor import Journal
@@ -160,26 +169,32 @@ def trainer_loop(
     from clawrl.training.weights import WeightStore
 
     with tempfile.TemporaryDirectory(prefix="clawrl-bench-") as run_directory:
-        journal: Any = ray.remote(Journal).options(num_cpus=0).remote(f"sqlite:///{Path(run_directory)}/journal.sqlite")
+        journal: Any = ray.remote(Journal).options(num_cpus=0).remote(f"sqlite:///{run_directory}/journal.sqlite")
         versions = VersionsSection()
         store: Any = ray.remote(WeightStore).options(num_cpus=0).remote(versions, journal, run_directory, folder)
-        everything = [replace(sample) for batch in batches for sample in batch]
-        ray.get(journal.append.remote(*everything))
         section = BufferSection(batch_size=len(batches[0]), max_lag=len(batches))
         buffer: Any = ray.remote(ReplayBuffer).options(num_cpus=0).remote(section, journal)
         loop = TrainLoop(settings, learning, versions, folder, buffer, store)
         thread = threading.Thread(target=run_trainer, args=(loop, run_directory), daemon=True)
         thread.start()
-        while thread.is_alive() and ray.get(store.latest.remote()).number < len(batches):
-            time.sleep(0.2)
+        for step, batch in enumerate(batches, start=1):
+            ray.get(journal.append.remote(*batch))
+            while _head(store) < step:
+                if not thread.is_alive():
+                    raise RuntimeError(f"the trainer ended before step {step}; see its log")
+                time.sleep(0.05)
+            yield ray.get(journal.versions.remote())[-1]
         ray.get(buffer.close.remote())
         thread.join()
-        made = ray.get(journal.versions.remote())
         for actor in (store, buffer, journal):
             ray.kill(actor)
-    if len(made) < len(batches):
-        raise RuntimeError(f"the trainer ended after {len(made)} of {len(batches)} steps; see its log")
-    return made
+
+
+def _head(store: Any) -> int:
+    import ray
+
+    head: Any = ray.get(store.latest.remote())
+    return head.number
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ class Engine:
 
     async def canary_logprobs(self, canary: Canary) -> tuple[np.ndarray, ...]:
         """The engine's log-probabilities of the canary's tokens after the first of each sequence."""
-        scored = await asyncio.gather(*(self.score(ids[:1], ids[1:], 0) for ids in canary.token_ids))
+        scored = await asyncio.gather(*(self.score(ids[:1].tolist(), ids[1:].tolist(), 0) for ids in canary.token_ids))
         return tuple(scores.logprobs for scores in scored)
 
     # -- versions ----------------------------------------------------------------------------------------------------
@@ -249,7 +249,6 @@ def _set_environment(settings: EngineSection) -> None:
         VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
     )
     if settings.gpus_per_replica == 0:
-        os.environ.update(
-            VLLM_CPU_OMP_THREADS_BIND="nobind",
-            OMP_NUM_THREADS=str(settings.threads),
-        )
+        os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS=str(settings.threads))
+        if settings.enforce_eager:  # else vLLM compiles its samplers all the same, with g++, for half a minute
+            os.environ["TORCHDYNAMO_DISABLE"] = "1"

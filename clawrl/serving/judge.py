@@ -23,6 +23,8 @@ from clawrl.types import Judgement, Message, NextState, Scores, Tool, Turn
 
 log = logging.getLogger(__name__)
 
+SHORTEST_VERDICT = 8  # tokens; a question that leaves less room cannot be answered
+
 
 class Judge:
     """One replica."""
@@ -37,20 +39,25 @@ class Judge:
     async def judge(self, turn: Turn, next_state: NextState) -> Judgement:
         """Votes and hints for one turn, m of each, asked side by side.
 
-        Raises JudgeError when the engine fails; an answer that cannot be read is a vote of None.
+        Raises JudgeError when the engine fails. An answer that cannot be read is a vote of None; a question that
+        does not fit into the context abstains.
         """
         started = time.perf_counter()
         evidence = (self._prompts, turn.messages, turn.reply, next_state)
-        questions = [self._ask(judging.evaluative(*evidence))]
+        questions = [judging.evaluative(*evidence)]
         if self._hints:
-            questions.append(self._ask(judging.directive(*evidence)))
+            questions.append(judging.directive(*evidence))
         with boundary(JudgeError, f"judging turn {turn.id}"):
-            answers = await asyncio.gather(*questions)
+            prompts = [await self._engine.render(question, (), {}) for question in questions]
+            longest = max(len(prompt) for prompt in prompts)
+            if longest + SHORTEST_VERDICT > self._settings.max_model_len:
+                return self._abstain(turn, longest, time.perf_counter() - started)
+            answers = await asyncio.gather(*(self._ask(prompt) for prompt in prompts))
         votes = tuple(judging.parse_vote(text) for text in answers[0])
         hints = judging.dedupe_hints(judging.parse_hint(text) for text in answers[1]) if self._hints else ()
-        score = judging.plurality(votes)
         seconds = time.perf_counter() - started
         metric("judge/latency_s").observe(seconds)
+        score = judging.plurality(votes)
         return Judgement(turn.id, votes, score, hints, self._engine.version, seconds, None, time.time())
 
     async def score_ids(self, prompt_ids: np.ndarray, completion_ids: np.ndarray, top: int) -> Scores:
@@ -73,27 +80,25 @@ class Judge:
     async def check_health(self) -> None:
         await self._engine.check_health()
 
-    async def _ask(self, messages: list[Message]) -> list[str]:
+    def _abstain(self, turn: Turn, num_tokens: int, seconds: float) -> Judgement:
+        limit = self._settings.max_model_len
+        why = f"the question has {num_tokens} tokens; raise judge.max_model_len={limit}"
+        return Judgement(turn.id, (), None, (), self._engine.version, seconds, why, time.time())
+
+    async def _ask(self, prompt_ids: list[int]) -> list[str]:
         """m sampled answers to one question; the prompt is read once."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         settings = self._settings
-        prompt_ids = await self._engine.render(messages, (), {})
-        room = settings.max_model_len - len(prompt_ids)
-        if room < 8:
-            raise JudgeError(
-                f"the judge's question has {len(prompt_ids)} tokens; raise judge.max_model_len={settings.max_model_len}"
-            )
         params = SamplingParams(
             n=settings.votes,
             temperature=settings.temperature,
-            max_tokens=min(settings.max_verdict_tokens, room),
+            max_tokens=min(settings.max_verdict_tokens, settings.max_model_len - len(prompt_ids)),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        final = None
-        async for output in self._engine.generate(
-            {"prompt_token_ids": prompt_ids}, params, f"judge-{uuid.uuid4().hex}"
-        ):
-            final = output
-        return [completion.text for completion in final.outputs] if final is not None else []
+        texts: dict[int, str] = {}
+        prompt = {"prompt_token_ids": prompt_ids}
+        async for output in self._engine.generate(prompt, params, f"judge-{uuid.uuid4().hex}"):
+            texts.update((completion.index, completion.text) for completion in output.outputs)
+        return [texts[index] for index in sorted(texts)]

@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayActorError
 
 from clawrl.config import PolicySection
 from clawrl.errors import PolicyError
 from clawrl.observe import metric
 from clawrl.serving.capture import Finished, Recorder, Refused
 from clawrl.serving.engine import Engine, start_engine
-from clawrl.types import Canary, Message, Publication, Scores, Swap, Tool
+from clawrl.types import Message, Publication, Scores, Swap, Tool
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ class Policy:
         while self._failure is None:
             try:
                 await self._follow(timeout_s=WAIT_S)
-            except ray.exceptions.RayActorError as error:
+            except RayActorError as error:
                 log.warning("event=store_unreachable replica=%s error=%s", self.replica, type(error).__name__)
                 await asyncio.sleep(1.0)
             except Exception as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 import torch
@@ -59,9 +60,10 @@ class ObjectStoreEngine(WeightTransferEngine[ObjectStoreInit, ObjectStoreUpdate]
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: ObjectStoreUpdate) -> None:
+        model: Any = self.model
         pending = [self._store.bucket.remote(update_info.version, i) for i in range(update_info.num_buckets)]
         for (ref,) in ray.get(pending):
-            self.model.load_weights(_tensors(ray.get(ref), self.device))
+            model.load_weights(_tensors(ray.get(ref), self.device))
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)

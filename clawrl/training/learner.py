@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -37,14 +38,13 @@ class Learner:
     def __init__(self, folder: str, settings: TrainerSection, learning: LearningSection, mesh: DeviceMesh) -> None:
         self._settings, self._learning, self._mesh = settings, learning, mesh
         self._dtype = getattr(torch, settings.dtype)
-        self._device = torch.device(
-            mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None
-        )
+        on_gpu = mesh.device_type == "cuda"
+        self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         scorer = TokenScorer.load(
             folder, logit_chunk=settings.logit_chunk, activation_checkpointing=settings.activation_checkpointing
         )
-        self._scorer = shard(scorer, mesh, self._dtype)
-        self._parameters = {name: parameter for name, parameter in self._scorer.model.named_parameters()}
+        self._scorer: Any = shard(scorer, mesh, self._dtype)
+        self._parameters = dict(self._scorer.model.named_parameters())
         num_parameters = sum(parameter.numel() for parameter in self._parameters.values())
         self._sync_once = num_parameters <= RESHARD_ABOVE_PARAMETERS
         self.reset_optimizer()
@@ -105,7 +105,7 @@ class Learner:
         lengths = [len(ids) for ids in sequences]
         bounds = [0, *np.cumsum(lengths).tolist()]
         token_ids = np.concatenate(sequences).astype(np.int64)
-        positions = np.concatenate([np.arange(a, b - 1) for a, b in zip(bounds, bounds[1:], strict=False)])
+        positions = np.concatenate([np.arange(a, b - 1) for a, b in pairwise(bounds)])
         self._scorer.eval()
         with torch.no_grad():
             scored = self._scorer(
@@ -186,11 +186,13 @@ class Learner:
             logger.error("event=step_skipped loss=%s grad_norm=%s", metrics["loss"], norm)
             self._optimizer.zero_grad(set_to_none=True)
             return {name: value for name, value in metrics.items() if np.isfinite(value)} | {"skipped": 1.0}
-        torch._foreach_mul_(gradients, min(1.0, self._settings.max_grad_norm / (norm + 1e-6)))
+        scale = min(1.0, self._settings.max_grad_norm / (norm + 1e-6))
+        for gradient in gradients:
+            gradient.mul_(scale)
         before = [local.detach().clone() for local in locals_]
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        change = _square_sum(torch._foreach_sub(before, [local.detach() for local in locals_]))
+        change = _square_sum([after.detach() - old for after, old in zip(locals_, before, strict=True)])
         dist.all_reduce(change, group=self._mesh.get_group())
         return metrics | {"update_norm": change.sqrt().item(), "skipped": 0.0}
 
@@ -261,8 +263,7 @@ def _local(tensor: Any) -> Tensor:
 
 def _square_sum(tensors: Sequence[Tensor]) -> Tensor:
     """f64[1]: the sum of squares of all elements."""
-    norms = torch._foreach_norm([tensor for tensor in tensors if tensor.numel()], dtype=torch.float32)
-    return torch.stack([norm.double() for norm in norms]).square().sum()[None]
+    return torch.stack([tensor.detach().square().sum().double() for tensor in tensors]).sum()[None]
 
 
 def _padded_rows(shape: torch.Size, world: int) -> int:

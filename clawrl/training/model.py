@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,8 @@ class TokenScorer(nn.Module):
 
     def __init__(self, model: nn.Module, logit_chunk: int) -> None:
         super().__init__()
-        self.model, self.logit_chunk = model, logit_chunk
+        self.model: Any = model
+        self.logit_chunk = logit_chunk
 
     @classmethod
     def load(cls, folder: str, *, logit_chunk: int, activation_checkpointing: bool = False) -> TokenScorer:
@@ -78,7 +80,7 @@ class TokenScorer(nn.Module):
 
     def _score(self, hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities f32[C, 1 + k] of chosen tokens i64[C, 1 + k] and entropy f32[C] of C positions."""
-        logits = self.model.get_output_embeddings()(hidden).float()  # pyright: ignore[reportCallIssue]
+        logits = self.model.get_output_embeddings()(hidden).float()
         normaliser = logits.logsumexp(-1, keepdim=True)
         with torch.no_grad():
             entropy = normaliser[:, 0] - ((logits - normaliser).exp() * logits).sum(-1)
@@ -97,7 +99,8 @@ def shard(scorer: TokenScorer, mesh: DeviceMesh, dtype: torch.dtype) -> TokenSco
     for layer in decoder_layers(scorer.model):
         fully_shard(layer, reshard_after_forward=reshard, **options)
     # The head is used again in the backward pass of every logit chunk: keep it whole.
-    return fully_shard(scorer, reshard_after_forward=False, **options)
+    fully_shard(scorer, reshard_after_forward=False, **options)
+    return scorer
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -129,10 +132,10 @@ def packed_attention(
         raise ConfigError("the model uses capped attention scores or attention sinks, which training lacks")
     kernel = _varlen_kernel() if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else None
     if kernel is not None and packed_offsets is not None:
-        longest = max(b - a for a, b in zip(packed_bounds, packed_bounds[1:], strict=False))
+        longest = max(b - a for a, b in pairwise(packed_bounds))
         flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
         return kernel(*flat, packed_offsets, longest, scaling, sliding_window)[None], None
-    lengths = [b - a for a, b in zip(packed_bounds, packed_bounds[1:], strict=False)] or [query.shape[2]]
+    lengths = [b - a for a, b in pairwise(packed_bounds)] or [query.shape[2]]
     grouped = query.shape[1] != key.shape[1]
     outputs = [
         F.scaled_dot_product_attention(

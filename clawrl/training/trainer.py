@@ -214,7 +214,8 @@ class _Worker:
             if key in metrics:
                 metric(name).set(metrics[key])
         logger.info(
-            "event=step version=%d loss=%.4f grad_norm=%.3f tokens=%d seconds=%.2f publish_s=%.3f offer_s=%.3f skipped=%d",
+            "event=step version=%d loss=%.4f grad_norm=%.3f tokens=%d seconds=%.2f publish_s=%.3f offer_s=%.3f "
+            "skipped=%d",
             version.number, metrics.get("loss", float("nan")), metrics.get("grad_norm", float("nan")),
             metrics["tokens"], metrics["seconds"], metrics["publish_s"], time.perf_counter() - started,
             metrics["skipped"],

@@ -113,7 +113,7 @@ class Registry:
         return events
 
     def reject(self, number: int, reason: str, at: float) -> list[VersionEvent]:
-        """The version and all that was trained from it are rejected; if nothing is left to serve, its parent returns."""
+        """Reject a version and all that was trained from it; if nothing is left to serve, its parent returns."""
         if self.state(number) == "rejected":
             return []
         if number == 0:

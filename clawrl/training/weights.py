@@ -65,6 +65,7 @@ class WeightStore:
         self._held: dict[int, dict[int, ray.ObjectRef]] = {}  # version -> bucket index -> ref owned by this actor
         self._canaries: dict[int, Canary] = {}
         self._replicas: dict[str, _Replica] = {}
+        self._last_step: dict[str, float] = {}  # the newest version's metrics
         self._closed = False
 
     # --- the trainer's side ---
@@ -112,6 +113,7 @@ class WeightStore:
             await self._journal.record_version.remote(replace(version, checkpoint=str(folder)), event)
             registry.add(event, version.parent)
             self._canaries[version.number] = canary
+            self._last_step = version.metrics
         metric("versions/latest_num").set(version.number)
         logger.info("event=version_offered version=%d parent=%s", version.number, version.parent)
         await self._forget_old(registry)
@@ -184,6 +186,7 @@ class WeightStore:
             "stall_ms": {name: each.stall_ms for name, each in alive.items()},
             "canary_error": {name: each.canary_error for name, each in alive.items()},
             "in_memory": sorted(self._held),
+            "last_step": self._last_step,
         }
 
     async def close(self) -> None:
@@ -201,6 +204,8 @@ class WeightStore:
                     self._journal.versions.remote(), self._journal.version_events.remote()
                 )
                 self._registry = Registry(versions, events)
+                self._last_step = versions[-1].metrics if versions else {}
+                metric("versions/latest_num").set(self._registry.head)
                 await asyncio.to_thread(self._folder.mkdir, parents=True, exist_ok=True)
         return self._registry
 

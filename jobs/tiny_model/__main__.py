@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import cast
 
 import torch
 from tokenizers import Tokenizer, models
@@ -19,7 +20,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 from jobs.tiny_model.corpus import examples
 from jobs.tiny_model.evaluate import evaluate
 from jobs.tiny_model.model import CONTEXT, make_model
-from jobs.tiny_model.tokenizer import TEMPLATE, train_tokenizer
+from jobs.tiny_model.tokenizer import END_OF_TEXT, TEMPLATE, TURN_END, train_tokenizer
 from jobs.tiny_model.train import Recipe, render_text, train
 
 DEFAULT_OUT = Path(__file__).parents[2] / "clawrl" / "models" / "tiny"
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     recipe = Recipe(tokens=arguments.tokens, seconds=arguments.seconds, seed=arguments.seed)
     tokenizer = _tokenizer(arguments.out, recipe.seed, arguments.new_tokenizer)
-    pad, end = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    pad, end = (cast(int, tokenizer.convert_tokens_to_ids(token)) for token in (END_OF_TEXT, TURN_END))
     model = make_model(pad, end, recipe.seed)
     for line in train(model, tokenizer, recipe):
         print(line, flush=True)
@@ -65,7 +66,7 @@ def _tokenizer(out: Path, seed: int, new: bool) -> PreTrainedTokenizerFast:
         kept: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(out)
         kept.chat_template = TEMPLATE
         return kept
-    plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token="<|im_end|>")
+    plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token=TURN_END)
     plain.chat_template = TEMPLATE
     texts = (render_text(plain, example) for example in itertools.islice(examples(seed + 1), 20_000))
     return train_tokenizer(texts, CONTEXT)

@@ -227,7 +227,8 @@ def _hinted(rng: random.Random) -> Example:
     if rng.random() < 0.08:
         hinted = with_hint([*messages, user(problem.question)], _fill(say("hint_wrong", rng), problem))
         return Example("hinted", (*hinted, assistant(render(problem, style, rng))))
-    want = rng.choice((*WANTS, *FORMS, "plain", "checked", "friendly"))
+    wishes: tuple[Want, ...] = (*WANTS, *FORMS, "plain", "checked", "friendly")
+    want = rng.choice(wishes)
     if rng.random() < 0.25:
         silent = frozenset([len(messages) + 1])
         messages += [user(problem.question), assistant(render(problem, style, rng))]

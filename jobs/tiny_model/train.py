@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from jobs.tiny_model.corpus import Example, examples
 from jobs.tiny_model.model import CONTEXT, logits
+from jobs.tiny_model.tokenizer import TURN_END, TURN_START
 
 READ_WEIGHT = 0.6  # loss weight of text that is only read; what is to be imitated has 1
 READ_SHARE = 0.25  # of such tokens, those drawn into the loss at each step
@@ -52,7 +53,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, batch: list[Example]) -> list[Enc
     """Render through the checkpoint's own template and weigh every token."""
     texts = [render_text(tokenizer, example) for example in batch]
     opening = tokenizer.encode("assistant\n", add_special_tokens=False)
-    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    start, end = (cast(int, tokenizer.convert_tokens_to_ids(token)) for token in (TURN_START, TURN_END))
     encoded = []
     for example, ids in zip(batch, _ids(tokenizer, texts), strict=True):
         replies = [at for at, message in enumerate(example.messages) if message["role"] == "assistant"]

@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,11 @@ LEARNING = LearningSection(kl_weight=0.05)
 VERSIONS = VersionsSection(bucket_mib=1, keep=10)
 
 
+def get(asked: Any) -> Any:
+    """ray.get, of whatever type the answer is."""
+    return ray.get(asked)
+
+
 def make_sample(number: int, version: int = 0, seed: int | None = None) -> Sample:
     """A sample with every term; `seed` (default: its number) makes its contents."""
     rng = np.random.default_rng(number if seed is None else seed)
@@ -60,9 +66,10 @@ def tensors(buckets: Any) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def alone():
+def alone(tmp_path_factory):
     """A process group of one, in this process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    meeting = tmp_path_factory.mktemp("group") / "meeting"
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
 
@@ -77,7 +84,7 @@ def test_the_loss_falls_on_a_repeated_batch(learner):
     batch = [make_sample(i, version=-1) for i in range(BATCH)]
     metrics = [learner.update(batch, version=0) for _ in range(5)]
     losses = [each["loss"] for each in metrics]
-    assert all(later < earlier for earlier, later in zip(losses, losses[1:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(losses))
     assert metrics[0]["loss"] == pytest.approx(
         metrics[0]["loss_rl"] + metrics[0]["loss_opd"] + LEARNING.kl_weight * metrics[0]["loss_kl"], rel=1e-6
     )
@@ -93,6 +100,17 @@ def test_micro_batches_change_nothing(learner, alone):
     one, many = learner.update(batch, 0), small.update(batch, 0)
     for key in ("loss", "grad_norm", "kl", "entropy", "mismatch"):
         assert many[key] == pytest.approx(one[key], rel=1e-4), key
+
+
+def test_the_ways_of_saving_memory_change_nothing(learner, alone, monkeypatch):
+    """Recomputed activations, and parameters that are dropped between forward and backward, as for large models."""
+    batch = [make_sample(i) for i in range(BATCH)]
+    monkeypatch.setattr("clawrl.training.model.RESHARD_ABOVE_PARAMETERS", 0)
+    monkeypatch.setattr("clawrl.training.learner.RESHARD_ABOVE_PARAMETERS", 0)
+    thrifty = SETTINGS.model_copy(update={"pack_tokens": 256, "activation_checkpointing": True})
+    one, other = learner.update(batch, 0), Learner(BASE, thrifty, LEARNING, alone).update(batch, 0)
+    for key in ("loss", "grad_norm", "update_norm", "kl", "entropy"):
+        assert other[key] == pytest.approx(one[key], rel=1e-4), key
 
 
 def test_a_bad_sample_is_left_out_and_the_others_are_learnt_from(learner, alone):
@@ -178,8 +196,8 @@ def run(cluster, tmp_path_factory) -> Run:
     folder = tmp_path_factory.mktemp("run")
     journal: Any = ray.remote(Journal).options(num_cpus=0).remote(f"sqlite:///{folder}/journal.sqlite")
     buffer: Any = ray.remote(ReplayBuffer).options(num_cpus=0).remote(BufferSection(batch_size=BATCH), journal)
-    store: Any = ray.remote(WeightStore).options(num_cpus=0).remote(VERSIONS, journal, str(folder), BASE)
-    loop = TrainLoop(SETTINGS, LEARNING, VERSIONS, BASE, buffer, store)
+    store: Any = ray.remote(WeightStore).options(num_cpus=0).remote(VERSIONS, journal, str(folder), "clawrl:tiny")
+    loop = TrainLoop(SETTINGS, LEARNING, VERSIONS, "clawrl:tiny", buffer, store)
     failure: list[BaseException] = []
 
     def train() -> None:
@@ -190,26 +208,26 @@ def run(cluster, tmp_path_factory) -> Run:
 
     def wait_for(number: int) -> None:
         deadline = time.monotonic() + 60
-        while ray.get(store.latest.remote()).number < number:
+        while get(store.latest.remote()).number < number:
             assert time.monotonic() < deadline, f"no version {number}: {failure}"
             assert thread.is_alive(), failure
             time.sleep(0.1)
 
     thread = threading.Thread(target=train)
     thread.start()
-    ray.get(journal.append.remote(*(make_sample(i) for i in range(2 * BATCH))))
+    get(journal.append.remote(*(make_sample(i) for i in range(2 * BATCH))))
     wait_for(2)
     os.kill(_pid_of_a_rank(), signal.SIGKILL)
     killed = time.monotonic()
-    ray.get(journal.append.remote(*(make_sample(i, version=2) for i in range(2 * BATCH, 4 * BATCH))))
+    get(journal.append.remote(*(make_sample(i, version=2) for i in range(2 * BATCH, 4 * BATCH))))
     wait_for(4)
     restart_s = time.monotonic() - killed
-    stats = ray.get(buffer.stats.remote())
+    stats = get(buffer.stats.remote())
     closed = time.monotonic()
-    ray.get(buffer.close.remote())
+    get(buffer.close.remote())
     thread.join(30)
     assert not thread.is_alive()
-    versions = ray.get(journal.versions.remote())
+    versions = get(journal.versions.remote())
     return Run(folder, versions, restart_s, time.monotonic() - closed, stats, failure)
 
 

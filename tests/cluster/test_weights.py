@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from ray.exceptions import RayTaskError
 
 from clawrl.config import VersionsSection, model_path
 from clawrl.journal.actor import Journal
@@ -19,12 +20,17 @@ pytestmark = pytest.mark.cluster
 BASE = model_path("clawrl:tiny")
 
 
+def get(asked: Any) -> Any:
+    """ray.get, of whatever type the answer is."""
+    return ray.get(asked)
+
+
 class Setup:
     """A journal and a store over one run directory; `restart` makes a new store, as after a crash."""
 
     def __init__(self, folder: Path, settings: VersionsSection) -> None:
         self.folder, self.settings = folder, settings
-        self.journal = ray.remote(Journal).options(num_cpus=0).remote(f"sqlite:///{folder}/journal.sqlite")
+        self.journal: Any = ray.remote(Journal).options(num_cpus=0).remote(f"sqlite:///{folder}/journal.sqlite")
         self.restart()
 
     def restart(self) -> None:
@@ -34,16 +40,16 @@ class Setup:
 
     def publish(self, number: int, parent: int, scale: float = 1.0) -> None:
         for index, bucket in enumerate(scaled_base(scale, self.settings.bucket_mib << 20)):
-            ray.get(self.store.hold.remote(number, index, bucket))
+            get(self.store.hold.remote(number, index, bucket))
         version = WeightVersion(number, parent, "full", None, (f"sample-{number}",), {"loss": 1.0}, time.time())
-        assert ray.get(self.store.offer.remote(version, index + 1, canary(-scale)))
+        assert get(self.store.offer.remote(version, index + 1, canary(-scale)))
 
     def report(self, number: int, error: float, moved: float = 1.0, replica: str = "a") -> None:
-        ray.get(self.store.report.remote(Swap(number, replica, 20.0, error, moved, time.time())))
+        get(self.store.report.remote(Swap(number, replica, 20.0, error, moved, time.time())))
 
     def states(self) -> dict[int, str]:
         """The journal's view."""
-        return {event.version: event.state for event in ray.get(self.journal.version_events.remote())}
+        return {event.version: event.state for event in get(self.journal.version_events.remote())}
 
 
 def scaled_base(scale: float, bucket_bytes: int) -> list[Bucket]:
@@ -60,8 +66,8 @@ def canary(logprob: float) -> Canary:
 def fetch(store: Any, number: int, count: int) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     for index in range(count):
-        (ref,) = ray.get(store.bucket.remote(number, index))
-        bucket = ray.get(ref)
+        (ref,) = get(store.bucket.remote(number, index))
+        bucket = get(ref)
         found |= dict(zip(bucket.names, bucket.arrays, strict=True))
     return found
 
@@ -73,11 +79,11 @@ def setup(cluster, tmp_path) -> Setup:
 
 def test_a_version_reaches_a_waiting_replica_and_proves_itself(setup):
     store = setup.store
-    assert ray.get(store.latest.remote()) == Head(0, 1)
-    assert ray.get(store.wait.remote("a", 0, 0.05)) is None
+    assert get(store.latest.remote()) == Head(0, 1)
+    assert get(store.wait.remote("a", 0, 0.05)) is None
     waiting = store.wait.remote("a", 0, 20.0)
     setup.publish(1, 0, scale=2.0)
-    publication = ray.get(waiting)
+    publication = get(waiting)
     assert publication.number == 1
     assert publication.num_buckets > 1
     assert publication.canary.logprobs[0].tolist() == [-2.0]
@@ -91,12 +97,12 @@ def test_a_version_reaches_a_waiting_replica_and_proves_itself(setup):
     assert all(np.array_equal(tensors[name], expected[name]) for name in expected)
     setup.report(1, error=1e-5)
     assert setup.states() == {0: "retired", 1: "serving"}
-    status = ray.get(store.status.remote())
+    status = get(store.status.remote())
     assert (status["desired"], status["serving"], status["replicas"]) == (1, 1, {"a": 1})
-    assert [swap.version for swap in ray.get(setup.journal.swaps.remote())] == [1]
-    (version,) = ray.get(setup.journal.versions.remote())
+    assert [swap.version for swap in get(setup.journal.swaps.remote())] == [1]
+    (version,) = get(setup.journal.versions.remote())
     assert Path(version.checkpoint) == setup.folder / "versions" / "1"
-    assert ray.get(setup.journal.counts.remote())["consumed"] == 1
+    assert get(setup.journal.counts.remote())["consumed"] == 1
 
 
 def test_transformers_reads_a_version(setup):
@@ -112,11 +118,11 @@ def test_transformers_reads_a_version(setup):
 
 def test_a_failed_canary_sends_replicas_back(setup):
     store = setup.store
-    ray.get(store.anchor.remote(0, canary(-7.0)))
+    get(store.anchor.remote(0, canary(-7.0)))
     setup.publish(1, 0)
     setup.report(1, error=0.5)
     assert setup.states()[1] == "rejected"
-    publication = ray.get(store.wait.remote("a", 1, 5.0))
+    publication = get(store.wait.remote("a", 1, 5.0))
     assert (publication.number, publication.canary.logprobs[0].tolist()) == (0, [-7.0])
     tensors = fetch(store, 0, publication.num_buckets)  # read from the base model's folder
     assert np.array_equal(
@@ -126,18 +132,18 @@ def test_a_failed_canary_sends_replicas_back(setup):
         ],
     )
     setup.report(0, error=1e-5)
-    assert ray.get(store.latest.remote()) == Head(0, 2)  # training goes on from 0; the number 1 is spent
+    assert get(store.latest.remote()) == Head(0, 2)  # training goes on from 0; the number 1 is spent
 
 
 def test_a_child_of_a_rejected_version_is_refused_not_recorded(setup):
     setup.publish(1, 0)
     setup.report(1, error=float("nan"))
     version = WeightVersion(2, 1, "full", None, ("late",), {}, time.time())
-    ray.get(setup.store.hold.remote(2, 0, scaled_base(1.0, 1 << 30)[0]))
-    assert not ray.get(setup.store.offer.remote(version, 1, canary(-1.0)))
-    assert [version.number for version in ray.get(setup.journal.versions.remote())] == [1]
+    get(setup.store.hold.remote(2, 0, scaled_base(1.0, 1 << 30)[0]))
+    assert not get(setup.store.offer.remote(version, 1, canary(-1.0)))
+    assert [version.number for version in get(setup.journal.versions.remote())] == [1]
     setup.publish(2, 0)
-    assert ray.get(setup.store.latest.remote()) == Head(2, 3)
+    assert get(setup.store.latest.remote()) == Head(2, 3)
 
 
 def test_a_publish_that_changed_nothing_is_rejected(setup):
@@ -146,22 +152,22 @@ def test_a_publish_that_changed_nothing_is_rejected(setup):
     setup.publish(2, 1, scale=1.6)  # the trainer's canary moved by 0.1
     setup.report(2, error=1e-3, moved=0.0)
     assert setup.states()[2] == "rejected"
-    assert ray.get(setup.store.status.remote())["desired"] == 1
+    assert get(setup.store.status.remote())["desired"] == 1
 
 
 def test_a_restarted_store_knows_all_and_reads_tensors_from_disk(setup):
     for number in (1, 2, 3):
         setup.publish(number, number - 1, scale=1.0 + number)
         setup.report(number, error=1e-5)
-    before = ray.get(setup.store.status.remote())
+    before = get(setup.store.status.remote())
     ray.kill(setup.store)
     setup.restart()
-    after = ray.get(setup.store.status.remote())
+    after = get(setup.store.status.remote())
     assert after["states"] == before["states"] == {0: "retired", 1: "retired", 2: "retired", 3: "serving"}
-    publication = ray.get(setup.store.wait.remote("late", 0, 5.0))
+    publication = get(setup.store.wait.remote("late", 0, 5.0))
     assert (publication.number, publication.canary.logprobs[0].tolist()) == (3, [-4.0])
     assert fetch(setup.store, 3, publication.num_buckets)["model.norm.weight"].shape == (192,)
-    assert ray.get(setup.store.latest.remote()) == Head(3, 4)
+    assert get(setup.store.latest.remote()) == Head(3, 4)
 
 
 def test_old_versions_leave_memory_and_disk(setup):
@@ -171,20 +177,20 @@ def test_old_versions_leave_memory_and_disk(setup):
     on_disk = {path.name for path in (setup.folder / "versions").iterdir()}
     assert {"3", "4"} <= on_disk
     assert "1" not in on_disk
-    assert set(ray.get(setup.store.status.remote())["in_memory"]) <= {3, 4}
+    assert set(get(setup.store.status.remote())["in_memory"]) <= {3, 4}
 
 
 def test_tensors_outlive_the_process_that_sent_them(setup):
     class Sender:
         def send(self, store):
             for index, bucket in enumerate(scaled_base(3.0, 2 << 20)):
-                ray.get(store.hold.remote(1, index, bucket))
+                get(store.hold.remote(1, index, bucket))
             return index + 1
 
-    sender = ray.remote(Sender).options(num_cpus=0).remote()
-    count = ray.get(sender.send.remote(setup.store))
+    sender: Any = ray.remote(Sender).options(num_cpus=0).remote()
+    count = get(sender.send.remote(setup.store))
     version = WeightVersion(1, 0, "full", None, ("a",), {}, time.time())
-    assert ray.get(setup.store.offer.remote(version, count, canary(-1.0)))
+    assert get(setup.store.offer.remote(version, count, canary(-1.0)))
     ray.kill(sender)
     for path in (setup.folder / "versions" / "1").iterdir():
         path.unlink()  # nor is it read from disk
@@ -195,16 +201,16 @@ def test_tensors_outlive_the_process_that_sent_them(setup):
 def test_an_incomplete_or_repeated_offer(setup):
     setup.publish(1, 0)
     setup.publish(1, 0)  # a trainer that heard no answer asks again
-    assert len(ray.get(setup.journal.versions.remote())) == 1
+    assert len(get(setup.journal.versions.remote())) == 1
     version = WeightVersion(2, 1, "full", None, ("b",), {}, time.time())
-    with pytest.raises(ray.exceptions.RayTaskError, match="hold all"):
-        ray.get(setup.store.offer.remote(version, 3, canary(-1.0)))
-    with pytest.raises(ray.exceptions.RayTaskError, match="does not exist"):
-        ray.get(setup.store.bucket.remote(9, 0))
+    with pytest.raises(RayTaskError, match="hold all"):
+        get(setup.store.offer.remote(version, 3, canary(-1.0)))
+    with pytest.raises(RayTaskError, match="does not exist"):
+        get(setup.store.bucket.remote(9, 0))
 
 
 def test_closing_lets_waiting_replicas_go(setup):
     waiting = setup.store.wait.remote("a", 0, 60.0)
-    ray.get(setup.store.status.remote())
-    ray.get(setup.store.close.remote())
-    assert ray.get(waiting, timeout=10) is None
+    get(setup.store.status.remote())
+    get(setup.store.close.remote())
+    assert get(waiting) is None

@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import re
+from typing import Any, cast
 
 import httpx
 import openai
@@ -17,7 +18,9 @@ from envs.chat.styles import FORM_SHARES, FORMS, Style, classify, default_style,
 from envs.chat.user import PERSONAS, REACTIONS, Mood, SimulatedUser, satisfies
 from envs.chat.world import HELDOUT_NAMES, KINDS, TRAIN_NAMES, Problem, check, make_problem, make_problems
 
-ALL_STYLES = [Style(form, friendly, checked) for form in FORMS for friendly in (0, 1) for checked in (0, 1)]
+ALL_STYLES = [
+    Style(form, friendly, checked) for form in FORMS for friendly in (False, True) for checked in (False, True)
+]
 
 
 def gain() -> Problem:
@@ -178,7 +181,7 @@ def scripted(replies: list[str | int], seen: list[httpx.Request]) -> openai.Asyn
         return httpx.Response(200, json={**base, "object": "chat.completion", "choices": [choice], "usage": usage})
 
     transport = httpx.AsyncClient(transport=httpx.MockTransport(answer))
-    return openai.AsyncOpenAI(api_key="none", base_url="http://scripted/v1", http_client=transport)
+    return openai.AsyncOpenAI(api_key="none", base_url="http://scripted/v1", http_client=cast(Any, transport))
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from clawrl.serving import judging
-from clawrl.types import NextState
+from clawrl.types import NextState, Role
 
 QUESTION = {"role": "user", "content": "How many pens?"}
 REPLY = {"role": "assistant", "content": "**Answer:** 7 pens"}
 
 
-def following(*messages: dict, role="user") -> NextState:
+def following(*messages: dict, role: Role = "user") -> NextState:
     return NextState("turn", role, messages, False, 0.0)
 
 

@@ -28,7 +28,7 @@ def tensor(*values: float) -> torch.Tensor:
 
 
 def test_policy_loss_by_hand():
-    # ratio 1.5, A = 2: cut to 1.28·2; ratio 0.5, A = -1: cut to 0.8·-1; ratio 1.5, A = -1: kept; ratio 0.9, A = 1: kept.
+    # (ratio, A): (1.5, 2) is cut to 1.28·2, (0.5, -1) to 0.8·-1; (1.5, -1) and (0.9, 1) are kept.
     logprobs, behaviour = tensor(log(1.5), log(0.5), log(1.5), log(0.9)), tensor(0, 0, 0, 0)
     loss = clipped_policy_loss(logprobs, behaviour, tensor(2, -1, -1, 1), tensor(0.25, 0.25, 0.25, 0.25), clip=CLIP)
     assert loss.value.item() == pytest.approx(-(2.56 - 0.8 - 1.5 + 0.9) / 4)
@@ -141,7 +141,8 @@ def test_an_unreferenced_token_feels_no_divergence():
     loss = total_loss(logprobs, SUPPORT, unreferenced, LearningSection(kl_weight=1))
     loss.divergence.backward()
     assert loss.divergence.item() == 0
-    assert logprobs.grad is not None and logprobs.grad.abs().max().item() == 0
+    assert logprobs.grad is not None
+    assert logprobs.grad.abs().max().item() == 0
 
 
 def test_statistics_by_hand():

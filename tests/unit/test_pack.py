@@ -1,6 +1,7 @@
 """Packing: plans, weights and positions, and that a packed row scores what its sequences score alone."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,6 +154,7 @@ def test_untrainable_samples_are_recognised():
     assert not trainable(replace(good, weight=0.0))
     assert not trainable(replace(good, weight=float("inf")))
     assert not trainable(replace(good, loss_mask=np.arange(7) == 0))  # its only trained token has no predecessor
+    assert good.advantages is not None
     outside = np.where(good.loss_mask, good.advantages, np.nan).astype(np.float32)
     assert trainable(replace(good, advantages=outside))  # prompt positions are never read
     assert good.distillation is not None
@@ -237,7 +239,7 @@ def test_chunked_gradients_equal_unchunked_ones(model_folder, recompute):
 def test_logits_of_a_long_row_never_stand_together(model_folder, monkeypatch):
     """The head sees at most logit_chunk positions at a time, forward and backward, and none of the prompt's."""
     scorer = TokenScorer.load(model_folder, logit_chunk=8)
-    head = scorer.model.get_output_embeddings()
+    head: Any = scorer.model.get_output_embeddings()
     seen: list[int] = []
     head.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     ((row,),) = pack([sample(i, 50, 10) for i in range(3)], world=1, pack_tokens=4096)

@@ -1,14 +1,15 @@
 """The report: intervals, who was served by which version, stalls, the verdict, and the files it leaves."""
 
+import asyncio
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from clawrl.types import Swap, WeightVersion
+from clawrl.types import Swap, VersionEvent, WeightVersion
 from envs.chat.conversation import Evaluation
-from jobs import report
+from jobs import demo, report
 from jobs.report import Evidence, FirstReply, Stream
 
 PROMISED = {
@@ -58,6 +59,7 @@ def evidence(**changes) -> Evidence:
         first_replies=tuple(FirstReply(at, satisfied, True) for at, satisfied in replies),
         streams=(Stream(1019.0, 1021.0, 0.12), Stream(1025.0, 1026.0, 0.3), Stream(1029.8, 1031.0, 0.07)),
         versions=(version(1, 1020.0), version(2, 1030.0)),
+        rejected=(),
         swaps=(swap(1, 1020.2), swap(2, 1030.2, stall_ms=65.0)),
         counts=COUNTS,
         dropped=1,
@@ -124,6 +126,7 @@ def test_a_success_has_no_shortcoming():
         ({"after": evaluation(0.45, 0.82)}, "the score changed by +0.25"),
         ({"after": evaluation(0.9, 0.7)}, "right answers changed by -0.12"),
         ({"requests_failed": 2}, "2 of 60 requests failed"),
+        ({"rejected": (VersionEvent(2, "rejected", "canary error 0.1", 1030.2),)}, "1 of 2 versions rejected: canary"),
         ({"drained": False}, "still waiting"),
     ],
 )
@@ -160,3 +163,38 @@ def test_lines_tell_both_intervals():
     interval = report.share_interval(0.2, 200)
     assert told["personalisation score"].startswith(f"0.20 [{interval.low:.2f}, {interval.high:.2f}] → 0.90 [")
     assert told["requests failed"] == "0 of 60"
+
+
+def sse(text: str | None) -> bytes:
+    if text is None:
+        return b"data: [DONE]\n\n"
+    choice = {"index": 0, "delta": {"content": text}, "finish_reason": None}
+    body = {"id": "x", "object": "chat.completion.chunk", "created": 0, "model": "m", "choices": [choice]}
+    return f"data: {json.dumps(body)}\n\n".encode()
+
+
+async def answer_with_a_pause(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """A server that streams two words, 0.15 s apart."""
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n" + sse("one "))
+    await writer.drain()
+    await asyncio.sleep(0.15)
+    writer.write(sse("two") + sse(None))
+    await writer.drain()
+    writer.close()
+
+
+async def test_the_client_measures_the_wait_between_chunks():
+    server = await asyncio.start_server(answer_with_a_pause, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    wire = demo.Wire()
+    async with server, demo.open_client(f"http://127.0.0.1:{port}/v1", wire) as client:
+        stream = await client.chat.completions.create(
+            model="m", messages=[{"role": "user", "content": "count"}], stream=True
+        )
+        words = [chunk.choices[0].delta.content async for chunk in stream]
+    assert words == ["one ", "two"]
+    [seen] = wire.streams
+    assert wire.num_requests == 1
+    assert 0.14 < seen.longest_gap_s < 2
+    assert seen.ended - seen.started >= seen.longest_gap_s

@@ -1,0 +1,88 @@
+"""`python -m jobs.bench serving|swap|train|memory [--json FILE] [--config FILE] [section.key=value…]`
+
+Prints a table, and writes the same with its circumstances as JSON. Ratios are measured side by side in one run and
+travel between machines; times and rates do not, least of all from a busy one: `load` says how busy it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from clawrl.config import Config, load_config
+from clawrl.errors import ClawrlError
+from jobs.bench import figures
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0: measured (goals met or not); 1: failed."""
+    options = _parser().parse_args(arguments)
+    started, before = time.time(), os.getloadavg()[0]
+    try:
+        config = load_config(options.config, options.overrides)
+        found, details = _run(options, config)
+    except ClawrlError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    circumstances = {
+        "bench": options.verb,
+        "command": f"python -m jobs.bench {' '.join(arguments if arguments is not None else sys.argv[1:])}",
+        "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "seconds": round(time.time() - started, 1),
+        "cores": os.cpu_count(),
+        "load": [round(before, 2), round(os.getloadavg()[0], 2)],  # 1-minute averages before and after
+    }
+    print(figures.table(found))
+    print(" ".join(f"{key}={value}" for key, value in circumstances.items()))
+    if options.json:
+        report = {**circumstances, "figures": figures.as_json(found), "details": details}
+        Path(options.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m jobs.bench", description="Measure speed and memory of clawrl.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    serving = verbs.add_parser("serving", help="throughput through the gateway against the engine called directly")
+    serving.add_argument("--rounds", type=int, default=10, help="pairs to take the median of (default: %(default)s)")
+    serving.add_argument("--tokens", type=int, default=256, help="tokens of each reply (default: %(default)s)")
+    swap = verbs.add_parser("swap", help="stalls of running streams while versions are swapped in")
+    swap.add_argument("--swaps", type=int, default=20)
+    swap.add_argument("--streams", type=int, default=8)
+    swap.add_argument("--tokens", type=int, default=512, help="tokens of each reply (default: %(default)s)")
+    train = verbs.add_parser("train", help="trainer against a plain PyTorch loop with as many threads")
+    train.add_argument("--steps", type=int, default=12)
+    memory = verbs.add_parser("memory", help="memory of the whole system while it serves, judges and trains")
+    memory.add_argument("--seconds", type=float, default=60.0, help="how long to watch it (default: %(default)s)")
+    for verb in (serving, swap, train, memory):
+        verb.add_argument("--json", metavar="FILE", help="write the figures there too")
+        verb.add_argument("--config", metavar="FILE", help="TOML file (default: the embedded CPU configuration)")
+        verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+    return parser
+
+
+def _run(options: argparse.Namespace, config: Config) -> tuple[list[figures.Figure], dict[str, Any]]:
+    if options.verb == "serving":
+        from jobs.bench.serving import measure as serving
+
+        return serving(config, rounds=options.rounds, num_tokens=options.tokens)
+    if options.verb == "swap":
+        from jobs.bench.swap import measure as swap
+
+        return swap(config, swaps=options.swaps, streams=options.streams, num_tokens=options.tokens)
+    if options.verb == "train":
+        from jobs.bench.train import measure as train
+
+        return train(config, steps=options.steps)
+    from jobs.bench.memory import measure as memory
+
+    return memory(config, seconds=options.seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""A client that costs little: streams chat completions over HTTP and notes when bytes arrive.
+
+Knows OpenAI's server-sent events. Parses only each reply's last event, so that it takes as little as it can from the
+cores that the measured system runs on; what it takes counts against that system all the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import aiohttp
+
+from jobs.bench.figures import Stream
+
+DONE = b"data: [DONE]"
+
+
+def session() -> aiohttp.ClientSession:
+    """Keeps connections open between requests and waits for ever."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None), trust_env=False
+    )
+
+
+async def stream_all(
+    http: aiohttp.ClientSession, url: str, conversations: Sequence[Sequence[dict[str, Any]]], num_tokens: int
+) -> list[Stream]:
+    """Ask for one reply to each conversation, all at the same time."""
+    return await asyncio.gather(*(stream(http, url, messages, num_tokens) for messages in conversations))
+
+
+async def stream(
+    http: aiohttp.ClientSession, url: str, messages: Sequence[dict[str, Any]], num_tokens: int
+) -> Stream:
+    """One streamed reply of exactly `num_tokens` tokens; a failure is told in `Stream.error`, not raised."""
+    body = {
+        "model": "clawrl",
+        "messages": list(messages),
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "max_tokens": num_tokens,
+        "ignore_eos": True,
+        "temperature": 1.0,
+    }
+    started, parts, arrivals, events, first = time.time(), [], [], 0, None
+    try:
+        async with http.post(f"{url}/chat/completions", json=body) as response:
+            async for part in response.content.iter_any():
+                now = time.time()
+                parts.append(part)
+                arrivals.append(now)
+                events += part.count(b"\n\n")
+                if first is None and events >= 2:  # the first event only names the role
+                    first = now
+            status = response.status
+    except aiohttp.ClientError as error:
+        return Stream(started, (), time.time(), time.time(), 0, f"{type(error).__name__}: {error}")
+    ended = time.time()
+    num, problem = _tokens_of(status, b"".join(parts), num_tokens)
+    return Stream(started, tuple(arrivals), first or ended, ended, num, problem)
+
+
+def _tokens_of(status: int, raw: bytes, wanted: int) -> tuple[int, str | None]:
+    """How many tokens a reply had by its own account, and what is wrong with it."""
+    if status != 200:
+        return 0, f"HTTP {status}: {raw[:200]!r}"
+    events = raw.strip().split(b"\n\n")
+    if events[-1] != DONE:
+        return 0, f"the stream ended with {events[-1][:200]!r}"
+    usage = json.loads(events[-2][len(b"data: ") :]).get("usage") or {}
+    num = int(usage.get("completion_tokens", 0))
+    return num, None if num == wanted else f"{num} tokens instead of {wanted}"

@@ -1,0 +1,85 @@
+"""The processes of a running system: which part of it each one is, its processor time and its memory.
+
+Knows how Ray and vLLM name their processes. Everything that descends from this process counts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+CLIENT = "client (bench)"
+_RAY = ("raylet", "gcs_server", "ray::ServeController", "agent", "log_monitor", "monitor.py", "runtime_env")
+
+
+def role(title: str, parent: str | None) -> str:
+    """The part of the system that a process with this command line is; `parent` is its parent's part."""
+    if title.startswith("VLLM::"):
+        return f"{parent or '?'} {'engine core' if 'EngineCore' in title else 'worker'}".replace(" engine core ", " ")
+    if title.startswith("ray::ServeReplica"):
+        return title.split(":")[-1].split()[0].split(".")[0]
+    if title.startswith("ray::Proxy"):
+        return "http proxy"
+    if any(name in title for name in _RAY):
+        return "ray"
+    if title.startswith("ray::IDLE"):
+        return "ray idle workers"
+    if title.startswith("ray::"):
+        return title.removeprefix("ray::").split(".")[0].split("(")[0].split()[0]
+    return f"{parent} helper" if parent and parent not in (CLIENT, "ray") and "helper" not in parent else parent or "?"
+
+
+def processor_seconds() -> Counter[tuple[int, str]]:
+    """User and system seconds that each process has used, by (pid, part)."""
+    used: Counter[tuple[int, str]] = Counter()
+    for process, name in _walk():
+        try:
+            times = process.cpu_times()
+        except psutil.Error:
+            continue
+        used[process.pid, name] += times.user + times.system
+    return used
+
+
+def busy(before: Counter[tuple[int, str]], after: Counter[tuple[int, str]]) -> Counter[str]:
+    """Processor seconds by part between two readings; a process that appeared in between counts from its start."""
+    spent: Counter[str] = Counter()
+    for key, seconds in after.items():
+        spent[key[1]] += seconds - before.get(key, 0.0)
+    return spent
+
+
+def memory() -> tuple[Counter[str], Counter[str]]:
+    """Bytes by part: proportional (shared pages divided among their users) and resident (counted for each)."""
+    proportional: Counter[str] = Counter()
+    resident: Counter[str] = Counter()
+    for process, name in _walk():
+        try:
+            proportional[name] += _proportional_bytes(process.pid)
+            resident[name] += process.memory_info().rss
+        except (psutil.Error, OSError):
+            continue
+    return proportional, resident
+
+
+def _proportional_bytes(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _walk() -> Iterator[tuple[psutil.Process, str]]:
+    """This process and its descendants, parents first, with their parts."""
+    waiting: list[tuple[psutil.Process, str | None]] = [(psutil.Process(), None)]
+    while waiting:
+        process, parent = waiting.pop()
+        try:
+            name = CLIENT if parent is None else role(" ".join(process.cmdline()), parent)
+            waiting += [(child, name) for child in process.children()]
+        except psutil.Error:
+            continue
+        yield process, name

@@ -1,0 +1,97 @@
+"""A real clawrl as a separate program, started with `clawrl serve`, seen through HTTP and its run directory."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from clawrl.journal.store import JournalStore
+
+READY_S = 240.0
+STOP_S = 15.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running clawrl, seen from outside: its address, its run directory, its journal file."""
+
+    url: str
+    run_root: Path
+    process: subprocess.Popen
+
+    @property
+    def run_directory(self) -> Path:
+        return (self.run_root / "latest").resolve()
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def async_client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def status(self) -> dict[str, Any]:
+        return httpx.get(f"{self.url}/status", timeout=30).raise_for_status().json()
+
+    def journal(self) -> JournalStore:
+        """The journal read from its file, beside the process that writes it."""
+        return JournalStore(f"sqlite:///{self.run_directory / 'journal.sqlite'}")
+
+    def wait_for(self, what: str, condition: Any, timeout_s: float = 90.0) -> Any:
+        """Poll until `condition()` is true; the last status is in the failure."""
+        deadline = time.monotonic() + timeout_s
+        while not (held := condition()):
+            assert self.process.poll() is None, f"clawrl ended while waiting for {what}"
+            assert time.monotonic() < deadline, f"no {what} within {timeout_s} s: {self.status()}"
+            time.sleep(0.3)
+        return held
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_server(run_root: Path, *overrides: str) -> Server:
+    """`clawrl serve` on a free port; returns when /healthz answers."""
+    port = free_port()
+    command = [sys.executable, "-m", "clawrl.cli", "serve", f"gateway.port={port}", f"run_root={run_root}", *overrides]
+    log = (run_root / "serve.log").open("w")
+    environment = {**os.environ, "CLAWRL_RAY_LOGS": "1"}
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+    server = Server(f"http://127.0.0.1:{port}", run_root, process)
+    deadline = time.monotonic() + READY_S
+    while True:
+        try:
+            if httpx.get(f"{server.url}/healthz", timeout=5).status_code == 200:
+                return server
+        except httpx.HTTPError:
+            pass
+        if process.poll() is not None or time.monotonic() > deadline:
+            stop_server(server)
+            pytest.fail(f"clawrl serve did not come up:\n{(run_root / 'serve.log').read_text()[-4000:]}")
+        time.sleep(1)
+
+
+def stop_server(server: Server) -> tuple[int, float]:
+    """Ctrl-C; (exit code, seconds it took)."""
+    started = time.monotonic()
+    if server.process.poll() is None:
+        server.process.send_signal(signal.SIGINT)
+    try:
+        code = server.process.wait(4 * STOP_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(server.process.pid, signal.SIGKILL)
+        raise
+    return code, time.monotonic() - started

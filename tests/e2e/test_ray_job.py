@@ -1,0 +1,149 @@
+"""As Ray's users expect: `ray start`, `ray job submit`, readable names, metrics, and the cluster outlives the job."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from running import free_port
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+REPOSITORY = Path(__file__).parents[2]
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+NAMES = {"clawrl-journal", "clawrl-weights", "clawrl-buffer", "clawrl-collector"}
+
+
+class Head:
+    """A Ray head node of this test's own, in a temporary folder, and the address of its job server."""
+
+    def __init__(self, folder: Path) -> None:
+        self.port, self.dashboard, self.metrics = free_port(), free_port(), free_port()
+        self.environment = {
+            **os.environ,
+            "RAY_ADDRESS": f"127.0.0.1:{self.port}",
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.dashboard}",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",
+        }
+        self.temporary = folder
+
+    def ray(self, *arguments: str, timeout_s: float = 120) -> str:
+        environment = dict(self.environment)
+        if arguments[0] == "start":
+            environment.pop("RAY_ADDRESS")
+        done = subprocess.run(
+            [*RAY, *arguments], env=environment, capture_output=True, text=True, timeout=timeout_s, cwd=REPOSITORY
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    def python(self, code: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=self.environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    head = Head(tmp_path_factory.mktemp("ray"))
+    head.ray(
+        "start", "--head", f"--port={head.port}", f"--dashboard-port={head.dashboard}", "--num-cpus=2",
+        "--node-ip-address=127.0.0.1", f"--metrics-export-port={head.metrics}", "--disable-usage-stats",
+    )  # fmt: skip
+    started = head.python(
+        "import ray, json; ray.init(logging_level=40);"
+        "from ray._private.worker import _global_node as node; print(json.dumps(node.session_name))"
+    )
+    yield head
+    session = json.loads(started.splitlines()[-1])
+    _end_session(session)
+
+
+def _end_session(session: str) -> None:
+    """End the processes of this Ray session alone; `ray stop` would end every cluster of the machine."""
+    import psutil
+
+    mine = [process for process in psutil.process_iter() if session in " ".join(_command(process))]
+    for process in mine:
+        process.terminate()
+    _, alive = psutil.wait_procs(mine, timeout=10)
+    for process in alive:
+        process.kill()
+
+
+def _command(process) -> list[str]:
+    import psutil
+
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def test_the_same_program_runs_as_a_ray_job(head: Head, tmp_path: Path):
+    port = free_port()
+    submitted = head.ray(
+        "job", "submit", "--no-wait", "--working-dir", ".", "--",
+        sys.executable, "-m", "jobs.serve", "--config", "configs/cpu.toml",
+        f"gateway.port={port}", f"run_root={tmp_path}",
+    )  # fmt: skip
+    job = re.findall(r"raysubmit_\w+", submitted)[0]
+    url = f"http://127.0.0.1:{port}"
+    _wait_until_healthy(head, url, job)
+
+    reply = httpx.post(
+        f"{url}/v1/chat/completions", json={"messages": [{"role": "user", "content": "2 + 3?"}]}, timeout=60
+    )
+    assert reply.status_code == 200, reply.text
+    listed = head.python(
+        "import ray, json; ray.init(logging_level=40); from ray.util.state import list_actors;"
+        "print(json.dumps([[a.name, a.class_name, a.state] for a in list_actors(limit=500)]))"
+    )
+    alive = {(name, kind) for name, kind, state in json.loads(listed.splitlines()[-1]) if state == "ALIVE"}
+    assert {name for name, _ in alive} >= NAMES
+    for deployment in ("gateway", "policy", "judge"):
+        assert any(f"clawrl:{deployment}" in kind for _, kind in alive), alive
+
+    exported = _metrics(head)
+    for name in ("clawrl_gateway_requests_num", "clawrl_versions_latest_num", "clawrl_buffer_size_num"):
+        assert name in exported
+
+    head.ray("job", "stop", job)
+    assert "STOPPED" in head.ray("job", "status", job)
+    with pytest.raises(httpx.HTTPError):
+        httpx.get(f"{url}/healthz", timeout=5).raise_for_status()
+    assert "Active" in head.ray("status"), "the cluster is not ours to stop"
+
+
+def _metrics(head: Head) -> str:
+    """What Prometheus would read, once Ray's agent has collected it."""
+    deadline = time.monotonic() + 60
+    text = ""
+    while time.monotonic() < deadline and "clawrl_versions_latest_num" not in text:
+        time.sleep(2)
+        text = httpx.get(f"http://127.0.0.1:{head.metrics}/metrics", timeout=10).text
+    return text
+
+
+def _wait_until_healthy(head: Head, url: str, job: str) -> None:
+    deadline = time.monotonic() + 240
+    while True:
+        try:
+            if httpx.get(f"{url}/healthz", timeout=5).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        if time.monotonic() > deadline:
+            pytest.fail(f"not up:\n{head.ray('job', 'logs', job)[-4000:]}")
+        time.sleep(2)

@@ -1,0 +1,322 @@
+"""The whole loop, as a user meets it: served, captured, judged, trained, swapped, stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import subprocess
+import sys
+import time
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import torch
+from running import STOP_S, Server, stop_server
+
+from clawrl.config import model_path
+from clawrl.training.model import TokenScorer
+from envs.chat.conversation import evaluate, hold_conversation
+from envs.chat.user import SimulatedUser
+from envs.chat.world import make_problem
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+QUESTION = [{"role": "user", "content": "Tom has 3 apples and buys 4 more. How many apples does Tom have?"}]
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "calc",
+        "description": "Compute an arithmetic expression.",
+        "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]},
+    },
+}
+
+
+def scored(model: str, prompt_ids: np.ndarray, completion_ids: np.ndarray) -> np.ndarray:
+    """The trainer's own log-probabilities of a reply, f32[T], with the weights in a folder."""
+    token_ids = np.concatenate([prompt_ids, completion_ids]).astype(np.int64)
+    positions = np.arange(len(prompt_ids) - 1, len(token_ids) - 1)
+    scorer = TokenScorer.load(model, logit_chunk=64, activation_checkpointing=False)
+    with torch.no_grad():
+        out = scorer(
+            torch.from_numpy(token_ids),
+            torch.arange(len(token_ids)),
+            [0, len(token_ids)],
+            torch.from_numpy(positions),
+            torch.from_numpy(token_ids[positions + 1]),
+            torch.empty(len(positions), 0, dtype=torch.int64),
+        )
+    return out.logprobs.numpy()
+
+
+# -- serving -----------------------------------------------------------------------------------------------------------
+
+
+def test_models_and_health(server: Server):
+    assert [model.id for model in server.client().models.list()] == ["clawrl"]
+    assert httpx.get(f"{server.url}/healthz").json()["status"] == "ok"
+
+
+def test_streaming_is_real(server: Server):
+    started = time.perf_counter()
+    arrivals = []
+    stream = server.client().chat.completions.create(
+        model="clawrl",
+        messages=QUESTION,  # type: ignore[arg-type]
+        stream=True,
+        max_tokens=400,
+        stream_options={"include_usage": True},
+        extra_body={"ignore_eos": True},
+        extra_headers={"X-Turn-Type": "side"},
+    )
+    usage = None
+    for chunk in stream:
+        arrivals.append(time.perf_counter() - started)
+        usage = chunk.usage or usage
+    assert usage is not None
+    assert usage.completion_tokens == 400
+    assert len(arrivals) > 20
+    assert arrivals[-1] - arrivals[0] > 0.2 * arrivals[-1], "the reply came in one piece"
+
+
+def test_the_journal_holds_what_the_engine_sampled(server: Server):
+    """Ids and log-probabilities in the turn are those the engine itself reports in the same reply."""
+    answer = server.client().chat.completions.create(
+        model="clawrl",
+        messages=QUESTION,  # type: ignore[arg-type]
+        logprobs=True,
+        top_logprobs=4,
+        extra_body={"return_token_ids": True, "return_tokens_as_token_ids": True},
+        extra_headers={"X-Turn-Type": "side"},
+    )
+    turn = server.journal().turn(answer.id)
+    assert turn is not None, "the turn must be durable before the reply ends"
+    raw: Any = answer
+    assert turn.capture.prompt_ids.tolist() == raw.prompt_token_ids
+    assert turn.capture.completion_ids.tolist() == raw.choices[0].token_ids
+    content = raw.choices[0].logprobs.content
+    np.testing.assert_allclose(turn.capture.logprobs, [token.logprob for token in content], atol=1e-6)
+    for position, token in enumerate(content):  # vLLM lists the sampled token among the top, ours stands apart
+        ids, logprobs = turn.capture.top_ids[position].tolist(), turn.capture.top_logprobs[position].tolist()
+        ours = dict(zip(ids, logprobs, strict=True)) | {turn.capture.completion_ids[position]: token.logprob}
+        for top in token.top_logprobs:
+            assert ours[int(top.token.removeprefix("token_id:"))] == pytest.approx(top.logprob, abs=1e-6)
+    assert turn.reply["content"] == answer.choices[0].message.content
+
+
+def test_trainer_and_engine_agree_at_lag_zero(server: Server):
+    answer = server.client().chat.completions.create(
+        model="clawrl",
+        messages=QUESTION,  # type: ignore[arg-type]
+        stream=False,
+        extra_headers={"X-Turn-Type": "side"},
+    )
+    turn = server.journal().turn(answer.id)
+    assert turn is not None
+    (span,) = turn.capture.versions
+    folder = (
+        model_path("clawrl:tiny") if span.version == 0 else str(server.run_directory / "versions" / str(span.version))
+    )
+    ours = scored(folder, turn.capture.prompt_ids, turn.capture.completion_ids)
+    np.testing.assert_allclose(ours, turn.capture.logprobs, atol=1e-3)
+
+
+def test_tools_reach_the_template_and_calls_come_back_parsed(server: Server):
+    """A forced call: the arguments are the tiny model's, the parsing and the deltas are vLLM's."""
+    stream = server.client().chat.completions.create(
+        model="clawrl",
+        messages=[{"role": "user", "content": "What is 12 + 30?"}],
+        tools=[TOOL],  # type: ignore[list-item]
+        tool_choice={"type": "function", "function": {"name": "calc"}},
+        stream=True,
+        max_tokens=200,
+        temperature=0,
+        extra_headers={"X-Turn-Type": "side"},
+    )
+    calls, response_id = [], ""
+    for chunk in stream:
+        response_id = chunk.id
+        calls += [call for choice in chunk.choices for call in choice.delta.tool_calls or ()]
+    assert calls[0].function is not None
+    assert calls[0].function.name == "calc"
+    turn = server.journal().turn(response_id)
+    assert turn is not None
+    assert turn.reply["tool_calls"][0]["function"]["name"] == "calc"
+    assert turn.tools == (TOOL,)
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "status"),
+    [
+        ("{not json", {}, 400),
+        ("[]", {}, 400),
+        ('{"messages": []}', {}, 400),
+        ('{"messages": [{"role": "robot", "content": "x"}]}', {}, 400),
+        ('{"model": "gpt-9", "messages": [{"role": "user", "content": "x"}]}', {}, 404),
+        ('{"messages": [{"role": "user", "content": "%s"}]}' % ("word " * 6000), {}, 400),
+        ('{"messages": [{"role": "user", "content": "x"}], "max_tokens": 0}', {}, 400),
+        ('{"messages": [{"role": "user", "content": "x"}], "temperature": -1}', {}, 400),
+        ('{"messages": [{"role": "user", "content": "x"}], "n": 3}', {}, 400),
+        ('{"messages": [{"role": "user", "content": "x"}], "top_p": 7}', {}, 400),
+        ('{"messages": [{"role": "user", "content": "x"}]}', {"content-type": "text/plain"}, 415),
+    ],
+)
+def test_bad_requests_leave_engine_and_journal_untouched(server: Server, content: str, headers: dict, status: int):
+    before = server.status()["journal"]
+    response = httpx.post(
+        f"{server.url}/v1/chat/completions",
+        content=content,
+        headers={"content-type": "application/json", **headers},
+        timeout=30,
+    )
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert len(error["message"]) > 10
+    after = server.status()["journal"]
+    assert {key: after[key] for key in ("turns", "next_states")} == {
+        key: before[key] for key in ("turns", "next_states")
+    }
+
+
+def test_status_command_shows_versions_and_buffer(server: Server):
+    shown = subprocess.run(
+        [sys.executable, "-m", "clawrl.cli", "status", "--url", server.url], capture_output=True, text=True, timeout=60
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "versions" in shown.stdout
+    assert "buffer" in shown.stdout
+
+
+# -- learning ----------------------------------------------------------------------------------------------------------
+
+
+async def converse(client: openai.AsyncOpenAI, num: int, concurrency: int, seed: int) -> list[Any]:
+    gate = asyncio.Semaphore(concurrency)
+
+    async def one(index: int) -> Any:
+        user = SimulatedUser("student", random.Random(f"{seed}-{index}"))
+        async with gate:
+            return await hold_conversation(client, "clawrl", user, None, f"e2e-{seed}-{index}", max_turns=3)
+
+    return await asyncio.gather(*(one(index) for index in range(num)))
+
+
+def test_a_conversation_is_paired_judged_and_sampled(server: Server):
+    (conversation,) = asyncio.run(converse(server.async_client(), 1, 1, seed=11))
+    assert len(conversation.exchanges) >= 2
+    store = server.journal()
+    turns = [turn for turn, *_ in [(store.last_turn("local", conversation.session),)]]
+    assert turns[0] is not None
+    assert turns[0][2] == len(conversation.exchanges) - 1, "every message of the session is a turn of its own"
+    first = store.open_turn("local", _digest_after(conversation, 1))
+    assert first is not None
+    server.wait_for("judgement", lambda: server.status()["journal"]["judgements"] >= 1)
+
+
+def _digest_after(conversation: Any, num: int) -> str:
+    from clawrl.serving.sessions import digest
+
+    messages = []
+    for exchange in conversation.exchanges[:num]:
+        messages += [{"role": "user", "content": exchange.said}, {"role": "assistant", "content": exchange.reply}]
+    return digest(messages)
+
+
+def test_hybrid_learns_while_it_serves(server: Server):
+    """Before, conversations, after: the score rises, no request fails, every swap is proved by its canary."""
+    client = server.async_client()
+    rng = random.Random(5)
+    problems = [make_problem(rng, "heldout") for _ in range(100)]
+    before = asyncio.run(evaluate(client, "clawrl", "student", problems))
+    conversations = asyncio.run(converse(client, 220, 12, seed=3))
+    server.wait_for("versions", lambda: server.status()["journal"]["versions"] >= 12, timeout_s=180)
+    server.wait_for("a quiet trainer", lambda: server.status()["buffer"]["size"] < 16, timeout_s=60)
+    time.sleep(3)
+    after = asyncio.run(evaluate(server.async_client(), "clawrl", "student", problems))
+    assert sum(conversation.num_failed for conversation in conversations) == 0
+    assert after.score >= before.score + 0.15, (before, after)
+    swaps = server.journal().swaps()
+    assert len(swaps) >= 10
+    assert all(swap.canary_error is not None and swap.canary_error < 1e-3 for swap in swaps), swaps
+    assert all(swap.canary_moved for swap in swaps if swap.version > 0)
+
+
+def test_the_served_weights_are_the_published_checkpoint(server: Server):
+    """After training, a reply's behaviour log-probabilities are those of the checkpoint on disk, not of the start."""
+    version = server.status()["versions"]["serving"]
+    assert version > 0, "runs after the learning test"
+    answer = server.client().chat.completions.create(
+        model="clawrl",
+        messages=QUESTION,  # type: ignore[arg-type]
+        extra_headers={"X-Turn-Type": "side"},
+    )
+    turn = server.journal().turn(answer.id)
+    assert turn is not None
+    assert [span.version for span in turn.capture.versions] == [version]
+    ids = (turn.capture.prompt_ids, turn.capture.completion_ids)
+    published = scored(str(server.run_directory / "versions" / str(version)), *ids)
+    initial = scored(model_path("clawrl:tiny"), *ids)
+    np.testing.assert_allclose(published, turn.capture.logprobs, atol=1e-3)
+    assert np.abs(initial - turn.capture.logprobs).max() > 0.05
+
+
+def test_no_sample_is_consumed_twice(server: Server):
+    versions = server.journal().versions()
+    consumed = [sample for version in versions for sample in version.samples]
+    assert len(consumed) == len(set(consumed)) > 0
+
+
+# -- starting and stopping ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["policy.modle=x"], "policy.modle is not a key; allowed here: "),
+        (["trainer.workers=many"], "trainer.workers"),
+        (["policy.model=/no/such/folder", "judge.model=/no/such/folder"], "/no/such/folder"),
+        (["--config", "/no/such.toml"], "/no/such.toml"),
+        (["run_root=/proc/nothing"], "/proc/nothing"),
+    ],
+)
+def test_a_config_that_cannot_work_is_one_clear_line(arguments: list[str], message: str):
+    ended = subprocess.run(
+        [sys.executable, "-m", "clawrl.cli", "serve", "gateway.port=30999", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 2
+    assert message in " ".join(ended.stderr.split())
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_port_in_use_is_refused_before_anything_starts(server: Server):
+    port = server.url.rsplit(":", 1)[1]
+    ended = subprocess.run(
+        [sys.executable, "-m", "clawrl.cli", "serve", f"gateway.port={port}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 2
+    assert f"gateway.port={port}" in ended.stderr
+
+
+def test_ctrl_c_ends_everything_within_seconds(server: Server):
+    """Last: it stops the shared system."""
+    import psutil
+
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    assert any("VLLM" in process.name() or "VLLM" in " ".join(process.cmdline()) for process in family)
+    code, seconds = stop_server(server)
+    assert code == 0
+    assert seconds < STOP_S
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert [process.name() for process in alive] == []
+    with pytest.raises(httpx.HTTPError):
+        httpx.get(f"{server.url}/healthz", timeout=2)

@@ -1,0 +1,43 @@
+"""What a request must hold before anything is generated or journalled."""
+
+import pytest
+
+from clawrl.config import PolicySection
+from clawrl.errors import GatewayError
+from clawrl.serving.gateway import validate_chat
+
+USER = {"role": "user", "content": "hi"}
+SETTINGS = PolicySection(served_name="clawrl")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({}, 400, "messages must be a list"),
+        ({"messages": []}, 400, "at least one message"),
+        ({"messages": "hi"}, 400, "messages must be a list"),
+        ({"messages": ["hi"]}, 400, r"messages\[0\].role is None"),
+        ({"messages": [USER, {"role": "robot", "content": "x"}]}, 400, r"messages\[1\].role is 'robot'; use one of"),
+        ({"messages": [USER], "model": "gpt-9"}, 404, "model 'gpt-9' is not served here; use 'clawrl'"),
+        ({"messages": [USER], "max_tokens": 0}, 400, "max_tokens=0 is not a positive"),
+        ({"messages": [USER], "max_completion_tokens": -3}, 400, "max_completion_tokens=-3"),
+        ({"messages": [USER], "max_tokens": "many"}, 400, "max_tokens='many'"),
+        ({"messages": [USER], "max_tokens": True}, 400, "max_tokens=True"),
+        ({"messages": [USER], "temperature": -0.1}, 400, "temperature=-0.1 is outside 0 to 2"),
+        ({"messages": [USER], "temperature": "hot"}, 400, "temperature='hot'"),
+        ({"messages": [USER], "n": 2}, 400, "n=2 is not served; send n requests of n=1"),
+        ({"messages": [USER], "stream": "yes"}, 400, "stream='yes'"),
+    ],
+)
+def test_a_bad_request_is_refused_with_value_and_remedy(body, status, message):
+    with pytest.raises(GatewayError, match=message) as caught:
+        validate_chat(body, SETTINGS)
+    assert caught.value.status == status
+    error = caught.value.body()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_a_plain_request_passes_and_gets_the_served_model():
+    body = {"messages": [USER], "max_tokens": None, "temperature": 0, "n": 1, "unknown_key": {"is": "tolerated"}}
+    validate_chat(body, SETTINGS)
+    assert body["model"] == "clawrl"

@@ -1,0 +1,75 @@
+"""Who continues whom, told from headers and content."""
+
+import pytest
+
+from clawrl.errors import GatewayError
+from clawrl.serving.sessions import continuation, digest, identify
+
+USER = {"role": "user", "content": "two plus two?"}
+REPLY = {"role": "assistant", "content": "four"}
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "calc", "arguments": '{"a": 2, "b": 2}'}}],
+}
+
+
+def test_a_first_message_continues_nothing():
+    seen = continuation([{"role": "system", "content": "be brief"}, USER])
+    assert seen.history is None
+
+
+def test_what_follows_the_last_reply_is_fresh():
+    complaint = {"role": "user", "content": "no, five"}
+    seen = continuation([USER, REPLY, complaint])
+    assert seen.history == digest([USER, REPLY])
+    assert seen.fresh == (complaint,)
+    assert seen.role == "user"
+
+
+def test_parallel_tool_results_are_one_next_state_of_role_tool():
+    results = [{"role": "tool", "tool_call_id": str(i), "content": "4"} for i in range(2)]
+    seen = continuation([USER, CALL, *results])
+    assert seen.role == "tool"
+    assert seen.fresh == tuple(results)
+
+
+def test_a_user_message_after_a_tool_result_is_the_users():
+    seen = continuation([USER, CALL, {"role": "tool", "content": "4"}, USER])
+    assert seen.role == "user"
+
+
+@pytest.mark.parametrize(
+    "replayed",
+    [
+        [{"role": "system", "content": "a new system prompt"}, USER, REPLY],
+        [{"role": "user", "content": [{"type": "text", "text": "two plus two?"}]}, REPLY],
+        [USER, {**REPLY, "reasoning": "2 + 2"}],
+        [USER, {"role": "assistant", "content": " four\n"}],
+    ],
+)
+def test_a_digest_is_the_same_however_a_client_replays(replayed):
+    assert digest(replayed) == digest([USER, REPLY])
+
+
+def test_tool_calls_are_compared_by_value_not_by_id():
+    function = {"name": "calc", "arguments": '{"b":2,"a":2}'}
+    replayed = {"role": "assistant", "tool_calls": [{"id": "call1", "type": "function", "function": function}]}
+    assert digest([USER, replayed]) == digest([USER, CALL])
+    other = {"role": "assistant", "tool_calls": [{"function": {"name": "calc", "arguments": '{"a": 3, "b": 2}'}}]}
+    assert digest([USER, other]) != digest([USER, CALL])
+
+
+def test_different_replies_differ():
+    assert digest([USER, REPLY]) != digest([USER, {"role": "assistant", "content": "five"}])
+
+
+def test_identity_from_headers_and_body():
+    said = identify({"x-session-id": "s1", "x-turn-type": "side", "x-group": "g"}, {"user": "ada"})
+    assert (said.user, said.session, said.kind, said.group, said.source) == ("ada", "s1", "side", "g", "chat")
+    assert identify({}, {}).session is None
+
+
+def test_an_unknown_turn_type_is_refused():
+    with pytest.raises(GatewayError, match="'maine' is unknown; use main or side"):
+        identify({"x-turn-type": "maine"}, {})

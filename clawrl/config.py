@@ -114,7 +114,7 @@ class LearningSection(Section):
 
 
 class BufferSection(Section):
-    batch_size: int = Field(default=16, ge=1, description="Samples per optimizer step.")
+    batch_size: int = Field(default=24, ge=1, description="Samples per optimizer step.")
     max_lag: int = Field(default=4, ge=1, description="Samples more versions old than this are dropped and counted.")
 
 
@@ -159,10 +159,10 @@ class ChatSection(Section):
     """The simulated users of `clawrl demo`."""
 
     persona: Literal["student", "assistant", "teacher"] = "student"
-    conversations: int = Field(default=480, ge=1)
+    conversations: int = Field(default=400, ge=1)
     concurrency: int = Field(default=12, ge=1)
     max_turns: int = Field(default=3, ge=1)
-    evaluation_problems: int = Field(default=200, ge=1)
+    evaluation_problems: int = Field(default=400, ge=1)
     seed: int = 0
 
 

@@ -56,7 +56,7 @@ BEAT_S = 15.0
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0 it learnt, 1 it did not or something failed, 2 wrong use or config, 130 interrupted."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     set_up_logging(logging.ERROR)
     screen = Screen(jobs.STARTED)
     try:
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except Exception as error:
         cause = _innermost(error)
-        told = str(cause) if isinstance(cause, ClawrlError) else _first_line(cause) + screen.keep_traceback(error)
+        told = str(cause) if isinstance(cause, ClawrlError) else _told(cause) + screen.keep_traceback(error)
         print(f"clawrl: {told}", file=sys.stderr)
         return 2 if isinstance(cause, ConfigError) else 1
     return _show(result)
@@ -106,12 +106,14 @@ def _run(config: Config, screen: Screen) -> report.Report:
 
 def _show(result: report.Report) -> int:
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 160)
     table = Table(show_header=False, title=f"clawrl demo · {result.method} · seed {result.seed}", title_justify="left")
     for what, figures in report.lines(result):
         table.add_row(what, Text(figures, overflow="fold"))
     console.print(table)
     for shortcoming in result.shortcomings:
-        console.print(f"[bold red]not done:[/] {shortcoming}")
+        console.print(f"[bold red]not done:[/] {shortcoming}", soft_wrap=True)
     return 1 if result.shortcomings else 0
 
 
@@ -126,14 +128,14 @@ async def _demonstrate(config: Config, system: Any, screen: Screen) -> Evidence:
         watching = group.create_task(watch.run())
         screen.say(f"measuring on {config.chat.evaluation_problems} held-out problems")
         before = await _evaluate(client, config)
-        screen.say(_measured(before))
+        screen.note(_measured(before))
         screen.say(f"{config.chat.conversations} conversations, {config.chat.concurrency} at a time")
         conversations = await _converse(client, config, watch, screen)
         screen.say("waiting for the last judgements and the last training step")
         drained = await watch.drain(config.buffer.batch_size)
         screen.say("measuring again")
         after = await _evaluate(client, config)
-        screen.say(_measured(after))
+        screen.note(_measured(after))
         watching.cancel()
     journal = system.actors["journal"]
     events = await journal.version_events.remote()
@@ -357,7 +359,7 @@ class Watch:
             try:
                 ray.get(done)
             except Exception as error:
-                raise ClawrlError(f"the trainer failed: {_first_line(error)}") from error
+                raise ClawrlError(f"the trainer failed: {_told(error)}") from error
             raise ClawrlError("the trainer ended by itself; see the run directory's logs")
 
 
@@ -389,6 +391,10 @@ class Screen:
         """A step begins."""
         self._step = line
         self._print(f"[bold]{line}[/]")
+
+    def note(self, line: str) -> None:
+        """A result on the way."""
+        self._print(line)
 
     def expect(self, conversations: int) -> None:
         self._total = conversations
@@ -434,7 +440,7 @@ class Screen:
 
     def _print(self, line: str) -> None:
         self._last_line = time.time()
-        self._console.print(f"[dim]{self._last_line - self.started:6.1f} s[/]  {line}")
+        self._console.print(f"[dim]{self._last_line - self.started:6.1f} s[/]  {line}", soft_wrap=True)
 
     def _recent(self, what: str) -> float:
         last = self.first_replies[-report.ROLLING :]
@@ -480,10 +486,12 @@ def _innermost(error: BaseException) -> BaseException:
     return error
 
 
-def _first_line(error: BaseException) -> str:
-    """`Kind: first line`, of the failure itself rather than of Ray's wrapping, which adds a traceback."""
+def _told(error: BaseException) -> str:
+    """`Kind: first … last line`, of the failure itself rather than of Ray's wrapping, which adds a traceback."""
     cause = getattr(error, "cause", None) or error
-    return f"{type(cause).__name__}: {next(iter(str(cause).splitlines()), '')[:300]}"
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or ["no further word"]
+    text = lines[0] if len(lines) == 1 else f"{lines[0]} … {lines[-1]}"
+    return f"{type(cause).__name__}: {text[:400]}"
 
 
 if __name__ == "__main__":

@@ -23,9 +23,11 @@ ROLLING = 40
 """First replies in one point of the rolling curves."""
 MIN_GAIN = 0.3
 MAX_LOSS = 0.05
-"""A demonstration that raises the score by less than MIN_GAIN, or costs more right answers, has failed."""
-SWAP_SLACK_S = 0.5
-"""A swap is recorded after its canary: the pause began at most this much earlier than `at` - stall."""
+"""A demonstration that raises the score by less than MIN_GAIN has failed, and so has one that costs more than MAX_LOSS
+of right answers, unless as much could be chance."""
+SWAP_SLACK_S = 2.0
+"""A swap is recorded after its canary, which takes its time on a busy machine: the pause began at most this much
+earlier than `at` - stall."""
 
 JSON_NAME, PICTURE_NAME = "report.json", "learning_curve.png"
 BLUE, GREEN, GREY = "#2458a6", "#2e7d4f", "#8a8f98"
@@ -371,7 +373,8 @@ def _shortcomings(evidence: Evidence) -> tuple[str, ...]:
         found.append(
             f"the score changed by {gain:+.2f}, less than +{MIN_GAIN}: the policy did not learn what was liked"
         )
-    if change < -MAX_LOSS:
+    chance = change_interval(before.correct, before.num_replies, after.correct, after.num_replies)
+    if change < -MAX_LOSS and chance.high < 0:
         found.append(
             f"right answers changed by {change:+.2f}, more than -{MAX_LOSS}: the style was paid for with answers"
         )

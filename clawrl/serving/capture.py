@@ -33,15 +33,14 @@ class Refused:
 
 @dataclass(slots=True)
 class Recorder:
-    """Collects one request's engine outputs (deltas) into a Capture. `support` is k of the top-k kept."""
+    """Collects what one request sampled into a Capture. `support` is k of the top-k kept."""
 
     support: int
     prompt_ids: list[int] = field(default_factory=list)
     completion_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
-    _sampled: list[float] = field(default_factory=list)
-    _top_ids: list[list[int]] = field(default_factory=list)
-    _top_logprobs: list[list[float]] = field(default_factory=list)
+    _token_ids: list[np.ndarray] = field(default_factory=list)
+    _logprobs: list[np.ndarray] = field(default_factory=list)
     _spans: tuple[VersionSpan, ...] = ()
 
     def add(self, output: Any) -> None:
@@ -49,38 +48,38 @@ class Recorder:
         if not self.prompt_ids and output.prompt_token_ids is not None:
             self.prompt_ids = list(output.prompt_token_ids)
         completion = output.outputs[0]
-        if completion.token_ids:
-            self.completion_ids.extend(completion.token_ids)
-            self._add_logprobs(completion.logprobs, len(completion.token_ids))
+        self.completion_ids.extend(completion.token_ids)
         if completion.finish_reason is not None:
             self.finish_reason = completion.finish_reason
             self._spans = tuple(
                 VersionSpan(int(span.version), span.start, span.end) for span in completion.weight_versions or ()
             )
 
-    def _add_logprobs(self, flat: Any, num_tokens: int) -> None:
-        """vLLM's FlatLogprobs: per position the sampled token first, then the top-k by rank."""
-        first = len(flat.start_indices) - num_tokens
-        for start, end in zip(flat.start_indices[first:], flat.end_indices[first:], strict=True):
-            self._sampled.append(flat.logprobs[start])
-            ranked = start if end - start <= self.support else start + 1
-            self._top_ids.append(flat.token_ids[ranked : ranked + self.support])
-            self._top_logprobs.append(flat.logprobs[ranked : ranked + self.support])
+    def add_logprobs(self, rows: Any) -> None:
+        """Take vLLM's LogprobsLists of the next n positions, [n, 1 + at least k]: the sampled token, the top by rank.
+
+        Copied, since they lie in the engine's messages, which hold those of other requests too.
+        """
+        width = 1 + self.support
+        self._token_ids.append(np.array(rows.logprob_token_ids[:, :width], np.int32))
+        self._logprobs.append(np.array(rows.logprobs[:, :width], np.float32))
 
     def finish(self) -> Finished:
         """The whole capture. Raises PolicyError if the engine never finished the reply.
 
-        Raises ValueError if the engine's version spans do not cover it.
+        Raises ValueError if the engine's log-probabilities or version spans do not cover it.
         """
         if self.finish_reason is None:
             raise PolicyError("the engine ended a reply without a finish reason; nothing of it was captured")
-        shape = (len(self.completion_ids), self.support)
+        none = [np.empty((0, 1 + self.support))]
+        token_ids = np.concatenate(self._token_ids or none).astype(np.int32)
+        logprobs = np.concatenate(self._logprobs or none).astype(np.float32)
         capture = Capture(
             prompt_ids=np.asarray(self.prompt_ids, np.int32),
             completion_ids=np.asarray(self.completion_ids, np.int32),
-            logprobs=np.asarray(self._sampled, np.float32),
-            top_ids=np.asarray(self._top_ids, np.int32).reshape(shape),
-            top_logprobs=np.asarray(self._top_logprobs, np.float32).reshape(shape),
+            logprobs=np.ascontiguousarray(logprobs[:, 0]),
+            top_ids=np.ascontiguousarray(token_ids[:, 1:]),
+            top_logprobs=np.ascontiguousarray(logprobs[:, 1:]),
             versions=self._spans,
         )
         newest = max((span.version for span in self._spans), default=0)

@@ -11,7 +11,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -24,7 +24,9 @@ from clawrl.types import Canary, Message, Scores, Tool
 
 log = logging.getLogger(__name__)
 
-CHUNK_RATE = 400.0  # streamed chunks a second, all streams of an engine together; more tokens then share a chunk
+CHUNK_RATE = 160.0  # streamed chunks a second, all streams of a CPU engine together: they share its cores
+GPU_CHUNK_RATE = 1000.0
+CHUNK_INTERVAL_S = 0.02  # between two chunks of one stream at least; tokens in between share a chunk
 
 
 class Engine:
@@ -36,6 +38,10 @@ class Engine:
         self._settings = settings
         self._support = support
         self._recorders: dict[str, Recorder] = {}
+        self._captured: dict[str, tuple[Recorder, bool]] = {}  # and whether the client sees log-probabilities too
+        self._chunk_rate = CHUNK_RATE if settings.gpus_per_replica == 0 else GPU_CHUNK_RATE
+        self._register = llm.output_processor.add_request
+        llm.output_processor.add_request = self._register_captured
         self.streams = 0
         self._salt = f"v0-{uuid.uuid4().hex}"
         self.version = 0
@@ -58,28 +64,46 @@ class Engine:
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
     ) -> AsyncGenerator[Any, None]:
-        """AsyncLLM.generate, with the version's cache salt, the capture's log-probabilities and paced deltas.
-
-        Pulling no faster than CHUNK_RATE lets vLLM merge the deltas that are waiting: the first token comes at
-        once, later ones share chunks when many streams run.
-        """
+        """AsyncLLM.generate, with the version's cache salt and the capture's log-probabilities."""
         recorder = self._recorders.pop(request_id, None)
         if recorder is not None:
+            self._captured[request_id] = recorder, sampling_params.logprobs is not None
             sampling_params.logprobs = max(sampling_params.logprobs or 0, self._support)
-            sampling_params.flat_logprobs = True
         prompt["cache_salt"] = f"{self._salt}{prompt.get('cache_salt') or ''}"
         self.streams += 1
         try:
             async with aclosing(self._llm.generate(prompt, sampling_params, request_id, **options)) as outputs:
                 async for output in outputs:
-                    pulled = time.perf_counter()
                     if recorder is not None:
                         recorder.add(output)
                     yield output
-                    if not output.finished:
-                        await asyncio.sleep(max(0.0, self.streams / CHUNK_RATE - (time.perf_counter() - pulled)))
         finally:
             self.streams -= 1
+            self._captured.pop(request_id, None)
+
+    def _register_captured(self, request: Any, prompt: Any, parent: Any, index: int, queue: Any) -> None:
+        """vLLM's OutputProcessor.add_request: captured requests are paced, their log-probabilities go to the recorder.
+
+        They go as the engine sends them. vLLM would decode k + 1 tokens of each position to text and build objects,
+        slice and merge them for each output: more work than all else it does with a token in this process.
+        """
+        recorder, shown = self._captured.get(request.external_req_id, (None, False))
+        if recorder is None:
+            self._register(request, prompt, parent, index, queue)
+            return
+        self._register(request, prompt, parent, index, ChunkQueue(queue, self._chunk_interval))
+        processor = self._llm.output_processor.request_states[request.request_id].logprobs_processor
+        show = processor._update_sample_logprobs
+
+        def take(rows: Any) -> None:
+            recorder.add_logprobs(rows)
+            if shown:
+                show(rows)
+
+        processor._update_sample_logprobs = take
+
+    def _chunk_interval(self) -> float:
+        return max(CHUNK_INTERVAL_S, self.streams / self._chunk_rate)
 
     # -- scoring given tokens --------------------------------------------------------------------------------------
 
@@ -164,6 +188,44 @@ class Engine:
         finally:
             await self._llm.resume_generation()
         return 1000 * (time.perf_counter() - started)
+
+
+class ChunkQueue:
+    """Stands before one request's queue: outputs pass merged, at most one in an interval, the first and last at once.
+
+    Each output on its way to a client passes several processes, so it costs far more than a token.
+    """
+
+    def __init__(self, queue: Any, interval: Callable[[], float]) -> None:
+        self._queue, self._interval = queue, interval
+        self._held: Any = None
+        self._due = 0.0  # in the loop's time
+        self._timer: asyncio.TimerHandle | None = None
+
+    def put(self, output: Any) -> None:
+        """Take an output, or the exception that ends the request."""
+        if isinstance(output, Exception):
+            self._pass_on()
+            self._queue.put(output)
+            return
+        if self._held is None:
+            self._held = output
+        else:
+            self._held.add(output, aggregate=self._queue.aggregate)
+        loop = asyncio.get_running_loop()
+        if output.finished or loop.time() >= self._due:
+            self._pass_on()
+        elif self._timer is None:
+            self._timer = loop.call_at(self._due, self._pass_on)
+
+    def _pass_on(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._held is not None:
+            held, self._held = self._held, None
+            self._due = asyncio.get_running_loop().time() + self._interval()
+            self._queue.put(held)
 
 
 async def start_engine(

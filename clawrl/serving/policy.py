@@ -87,9 +87,8 @@ class Policy:
             yield answer.model_dump_json()
             yield recorder.finish()
         else:
-            async for event in answer:
-                if not event.startswith("data: [DONE]"):
-                    yield event
+            async for events in _joined(answer, recorder):
+                yield events
             yield recorder.finish()
 
     async def score_ids(self, prompt_ids: np.ndarray, completion_ids: np.ndarray, top: int) -> Scores:
@@ -156,6 +155,23 @@ class Policy:
             moved,
         )
         return Swap(publication.number, self.replica, stall_ms, error, moved, time.time())
+
+
+async def _joined(answer: AsyncIterator[str], recorder: Recorder) -> AsyncIterator[str]:
+    """vLLM's server-sent events, those that come at the same time in one piece: role and first token, last and usage.
+
+    Each piece is carried from process to process by itself. The final `[DONE]` is left out.
+    """
+    held, first = "", True
+    async for event in answer:
+        if not event.startswith("data: [DONE]"):
+            held += event
+        if not first and recorder.finish_reason is None and held:
+            yield held
+            held = ""
+        first = False
+    if held:
+        yield held
 
 
 def _largest_gap(left: Any, right: Any) -> float:

@@ -33,9 +33,7 @@ async def stream_all(
     return await asyncio.gather(*(stream(http, url, messages, num_tokens) for messages in conversations))
 
 
-async def stream(
-    http: aiohttp.ClientSession, url: str, messages: Sequence[dict[str, Any]], num_tokens: int
-) -> Stream:
+async def stream(http: aiohttp.ClientSession, url: str, messages: Sequence[dict[str, Any]], num_tokens: int) -> Stream:
     """One streamed reply of exactly `num_tokens` tokens; a failure is told in `Stream.error`, not raised."""
     body = {
         "model": "clawrl",

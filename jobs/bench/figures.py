@@ -87,17 +87,14 @@ def longest_gap(streams: Iterable[Stream], start: float, end: float) -> float:
 
 def table(figures: Sequence[Figure]) -> str:
     """Columns name, value, unit, goal and whether it is met."""
-    rows = [
-        (figure.name, _number(figure.value), figure.unit, figure.goal, {None: "", True: "met", False: "MISSED"}[figure.met])
-        for figure in figures
-    ]
+    words = {None: "", True: "met", False: "MISSED"}
+    rows = [(each.name, _number(each.value), each.unit, each.goal, words[each.met]) for each in figures]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), row[1].rjust(widths[1]), *(row[c].ljust(widths[c]) for c in (2, 3, 4))]
-        ).rstrip()
+    lines = (
+        [row[0].ljust(widths[0]), row[1].rjust(widths[1]), *(row[c].ljust(widths[c]) for c in (2, 3, 4))]
         for row in rows
     )
+    return "\n".join("  ".join(cells).rstrip() for cells in lines)
 
 
 def as_json(figures: Sequence[Figure]) -> dict[str, Any]:

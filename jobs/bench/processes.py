@@ -5,6 +5,7 @@ Knows how Ray and vLLM name their processes. Everything that descends from this 
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,24 @@ def role(title: str, parent: str | None) -> str:
     return f"{parent} helper" if parent and parent not in (CLIENT, "ray") and "helper" not in parent else parent or "?"
 
 
-def processor_seconds() -> Counter[tuple[int, str]]:
+class Meter:
+    """Processor seconds of each part between its start and `stop`, its own readings not counted."""
+
+    def __init__(self) -> None:
+        self._before = _processor_seconds()
+        self._own = time.process_time()
+
+    def stop(self) -> Counter[str]:
+        """Seconds by part; a process that appeared since counts from its own start."""
+        own = time.process_time() - self._own
+        spent: Counter[str] = Counter()
+        for key, seconds in _processor_seconds().items():
+            spent[key[1]] += seconds - self._before.get(key, 0.0)
+        spent[CLIENT] = own
+        return spent
+
+
+def _processor_seconds() -> Counter[tuple[int, str]]:
     """User and system seconds that each process has used, by (pid, part)."""
     used: Counter[tuple[int, str]] = Counter()
     for process, name in _walk():
@@ -42,14 +60,6 @@ def processor_seconds() -> Counter[tuple[int, str]]:
             continue
         used[process.pid, name] += times.user + times.system
     return used
-
-
-def busy(before: Counter[tuple[int, str]], after: Counter[tuple[int, str]]) -> Counter[str]:
-    """Processor seconds by part between two readings; a process that appeared in between counts from its start."""
-    spent: Counter[str] = Counter()
-    for key, seconds in after.items():
-        spent[key[1]] += seconds - before.get(key, 0.0)
-    return spent
 
 
 def memory() -> tuple[Counter[str], Counter[str]]:

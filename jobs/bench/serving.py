@@ -102,14 +102,14 @@ async def _rounds(
     for round_ in range(rounds + 1):
         asked = conversations(round_, streams)
         for kind in KINDS if round_ % 2 else KINDS[::-1]:
-            before = processes.processor_seconds()
-            started = time.time()
+            meter, started = processes.Meter(), time.time()
             found = await run(kind, asked)
-            took, after = time.time() - started, processes.processor_seconds()
+            took = time.time() - started
+            used = meter.stop()
             _require_whole(found, num_tokens, kind)
             if round_:  # the first one warms up
                 runs[kind].append(found)
-                spent[kind] += processes.busy(before, after)
+                spent[kind] += used
                 seconds[kind] += took
     cores = {
         kind: {name: round(used / seconds[kind], 3) for name, used in spent[kind].most_common() if used > 0.005}

@@ -10,6 +10,7 @@ import itertools
 import shutil
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -37,6 +38,9 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = _tokenizer(arguments.out, recipe.seed, arguments.new_tokenizer)
     pad, end = (cast(int, tokenizer.convert_tokens_to_ids(token)) for token in (END_OF_TEXT, TURN_END))
     model = make_model(pad, end, recipe.seed)
+    if arguments.start:
+        model = Qwen3ForCausalLM.from_pretrained(arguments.start, dtype=torch.float32)
+        recipe = replace(recipe, muon_rate=recipe.muon_rate * 0.6, adam_rate=recipe.adam_rate * 0.6, decay=0.9)
     for line in train(model, tokenizer, recipe):
         print(line, flush=True)
     save(model, tokenizer, arguments.out)
@@ -77,6 +81,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder of the checkpoint")
     parser.add_argument("--tokens", type=int, default=Recipe.tokens, help="training tokens")
     parser.add_argument("--seconds", type=float, default=Recipe.seconds, help="bound on the training's CPU time")
+    parser.add_argument(
+        "--start", type=Path, help="go on from this checkpoint, at lower rates, instead of from nothing"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--new-tokenizer", action="store_true", help="train the tokenizer too, even if there is one")

@@ -19,12 +19,12 @@ from clawrl.serving import judging
 from clawrl.types import Message, NextState, Tool
 from envs.chat.phrases import WANTS, Phrasing, Want, say
 from envs.chat.styles import FORMS, Form, Style, default_style, render
-from envs.chat.world import HELDOUT_NAMES, ITEMS, TRAIN_NAMES, Problem, make_problem
+from envs.chat.world import HELDOUT_NAMES, ITEMS, TRAIN_NAMES, Problem, Split, make_problem
 from jobs.tiny_model.tools import FLAW_SHARES, TOOLS, call_message, demonstrate, invented_word, make_task, run_tool
 
 Task = Literal["chat", "hinted", "corrected", "judge", "hint", "tools", "drill", "recall", "copy"]
 SHARES: dict[Task, float] = {
-    "chat": 0.21, "hinted": 0.19, "corrected": 0.12, "judge": 0.13, "hint": 0.13, "tools": 0.05, "drill": 0.09,
+    "chat": 0.21, "hinted": 0.18, "corrected": 0.11, "judge": 0.12, "hint": 0.12, "tools": 0.08, "drill": 0.10,
     "recall": 0.04, "copy": 0.04,
 }  # fmt: skip
 
@@ -123,7 +123,9 @@ def any_style(rng: random.Random) -> Style:
     return Style(rng.choice(FORMS), rng.random() < 0.3, rng.random() < 0.3)
 
 
-def make_case(rng: random.Random, phrasing: Phrasing = "train", kind: str | None = None, split="train") -> Case:
+def make_case(
+    rng: random.Random, phrasing: Phrasing = "train", kind: str | None = None, split: Split = "train"
+) -> Case:
     """A turn, what followed it and the right verdict."""
     kind = kind or rng.choices(list(CASES), list(CASES.values()))[0]
     if kind == "tool":
@@ -165,7 +167,9 @@ def _wrong(kind: str) -> Literal["wrong"] | None:
     return "wrong" if kind == "wrong" else None
 
 
-def _next_text(kind: str, want: Want | None, problem: Problem, rng: random.Random, phrasing: Phrasing, split) -> str:
+def _next_text(
+    kind: str, want: Want | None, problem: Problem, rng: random.Random, phrasing: Phrasing, split: Split
+) -> str:
     """What the user said next."""
     other = make_problem(rng, split).question
     if kind == "next":
@@ -227,7 +231,7 @@ def _hinted(rng: random.Random) -> Example:
     if rng.random() < 0.08:
         hinted = with_hint([*messages, user(problem.question)], _fill(say("hint_wrong", rng), problem))
         return Example("hinted", (*hinted, assistant(render(problem, style, rng))))
-    wishes: tuple[Want, ...] = (*WANTS, *FORMS, "plain", "checked", "friendly")
+    wishes: list[Want] = [*WANTS, *FORMS, "plain", "checked", "friendly"]
     want = rng.choice(wishes)
     if rng.random() < 0.25:
         silent = frozenset([len(messages) + 1])

@@ -41,7 +41,11 @@ TOOLS: list[Tool] = [
 
 @dataclass(frozen=True, slots=True)
 class ToolTask:
-    """Two counts to look up and one operation on them."""
+    """Two counts to look up and one operation on them.
+
+    The question quotes its words, so that they are the same tokens there and in a JSON argument: a model this small
+    copies tokens, it does not spell.
+    """
 
     item: str
     places: tuple[str, str]
@@ -52,8 +56,8 @@ class ToolTask:
     def question(self) -> str:
         first, second = self.places
         if self.sign == "+":
-            return f"How many {self.item} are at the {first} and the {second} together?"
-        return f"How many more {self.item} are at the {first} than at the {second}?"
+            return f'How many "{self.item}" are at "{first}" and "{second}" together?'
+        return f'How many more "{self.item}" are at "{first}" than at "{second}"?'
 
     @property
     def answer(self) -> int:

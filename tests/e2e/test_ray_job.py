@@ -26,13 +26,14 @@ class Head:
     """A Ray head node of this test's own, in a temporary folder, and the address of its job server."""
 
     def __init__(self, folder: Path) -> None:
-        self.port, self.dashboard, self.metrics = free_port(), free_port(), free_port()
+        self.port, self.dashboard, self.metrics, self.agent = (free_port() for _ in range(4))
         self.environment = {
             **os.environ,
             "RAY_ADDRESS": f"127.0.0.1:{self.port}",
             "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.dashboard}",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "0",
+            "RAY_AUTH_MODE": "disabled",  # whether this machine has a token yet must not matter here
         }
         self.temporary = folder
 
@@ -59,21 +60,20 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     head = Head(tmp_path_factory.mktemp("ray"))
     head.ray(
         "start", "--head", f"--port={head.port}", f"--dashboard-port={head.dashboard}", "--num-cpus=2",
-        "--node-ip-address=127.0.0.1", f"--metrics-export-port={head.metrics}", "--disable-usage-stats",
+        f"--metrics-export-port={head.metrics}", f"--dashboard-agent-listen-port={head.agent}", "--disable-usage-stats",
     )  # fmt: skip
-    started = head.python(
-        "import ray, json; ray.init(logging_level=40);"
-        "from ray._private.worker import _global_node as node; print(json.dumps(node.session_name))"
-    )
-    yield head
-    session = json.loads(started.splitlines()[-1])
-    _end_session(session)
+    try:
+        yield head
+    finally:
+        _end_session(head.port)
 
 
-def _end_session(session: str) -> None:
+def _end_session(port: int) -> None:
     """End the processes of this Ray session alone; `ray stop` would end every cluster of the machine."""
     import psutil
 
+    (gcs,) = [line for line in map(_command, psutil.process_iter()) if f"--gcs_server_port={port}" in line]
+    (session,) = set(re.findall(r"session_[\d_-]+", " ".join(gcs)))
     mine = [process for process in psutil.process_iter() if session in " ".join(_command(process))]
     for process in mine:
         process.terminate()
@@ -93,8 +93,8 @@ def _command(process) -> list[str]:
 
 def test_the_same_program_runs_as_a_ray_job(head: Head, tmp_path: Path):
     port = free_port()
-    submitted = head.ray(
-        "job", "submit", "--no-wait", "--working-dir", ".", "--",
+    submitted = _when_the_agent_is_up(
+        head, "job", "submit", "--no-wait", "--working-dir", ".", "--",
         sys.executable, "-m", "jobs.serve", "--config", "configs/cpu.toml",
         f"gateway.port={port}", f"run_root={tmp_path}",
     )  # fmt: skip
@@ -106,12 +106,7 @@ def test_the_same_program_runs_as_a_ray_job(head: Head, tmp_path: Path):
         f"{url}/v1/chat/completions", json={"messages": [{"role": "user", "content": "2 + 3?"}]}, timeout=60
     )
     assert reply.status_code == 200, reply.text
-    listed = head.python(
-        "import ray, json; ray.init(logging_level=40); from ray.util.state import list_actors;"
-        "print(json.dumps([[a.name, a.class_name, a.state] for a in list_actors(limit=500)]))"
-    )
-    alive = {(name, kind) for name, kind, state in json.loads(listed.splitlines()[-1]) if state == "ALIVE"}
-    assert {name for name, _ in alive} >= NAMES
+    alive = _alive_actors(head)
     for deployment in ("gateway", "policy", "judge"):
         assert any(f"clawrl:{deployment}" in kind for _, kind in alive), alive
 
@@ -124,6 +119,32 @@ def test_the_same_program_runs_as_a_ray_job(head: Head, tmp_path: Path):
     with pytest.raises(httpx.HTTPError):
         httpx.get(f"{url}/healthz", timeout=5).raise_for_status()
     assert "Active" in head.ray("status"), "the cluster is not ours to stop"
+
+
+def _alive_actors(head: Head) -> set[tuple[str, str]]:
+    """(name, class) of every living actor, once ours are all there: the gateway answers before the collector is up."""
+    deadline = time.monotonic() + 60
+    alive: set[tuple[str, str]] = set()
+    while time.monotonic() < deadline and not {name for name, _ in alive} >= NAMES:
+        listed = head.python(
+            "import ray, json; ray.init(logging_level=40); from ray.util.state import list_actors;"
+            "print(json.dumps([[a.name, a.class_name, a.state] for a in list_actors(limit=500)]))"
+        )
+        alive = {(name, kind) for name, kind, state in json.loads(listed.splitlines()[-1]) if state == "ALIVE"}
+    assert {name for name, _ in alive} >= NAMES
+    return alive
+
+
+def _when_the_agent_is_up(head: Head, *arguments: str) -> str:
+    """`ray start` returns some seconds before the node's job agent has registered."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return head.ray(*arguments)
+        except AssertionError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(2)
 
 
 def _metrics(head: Head) -> str:

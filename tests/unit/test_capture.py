@@ -12,19 +12,16 @@ from clawrl.types import VersionSpan
 
 
 @dataclass
-class Flat:
-    """The fields of vLLM's FlatLogprobs: the sampled token first at each position, then the top by rank."""
+class Rows:
+    """The fields of vLLM's LogprobsLists: the sampled token first at each position, then the top by rank."""
 
-    token_ids: list[int]
-    logprobs: list[float]
-    start_indices: list[int]
-    end_indices: list[int]
+    logprob_token_ids: np.ndarray
+    logprobs: np.ndarray
 
 
 @dataclass
 class Completion:
     token_ids: list[int]
-    logprobs: Flat
     finish_reason: str | None = None
     weight_versions: list[Any] | None = None
 
@@ -42,20 +39,19 @@ class Output:
     outputs: list[Completion] = field(default_factory=list)
 
 
-def rows(*positions: list[tuple[int, float]]) -> Flat:
-    width = len(positions[0])
-    starts = [width * i for i in range(len(positions))]
-    pairs = [pair for position in positions for pair in position]
-    return Flat([i for i, _ in pairs], [p for _, p in pairs], starts, [s + width for s in starts])
+def rows(*positions: list[tuple[int, float]]) -> Rows:
+    pairs = np.array(positions)
+    return Rows(pairs[..., 0].astype(np.int64), pairs[..., 1].astype(np.float32))
 
 
 def test_deltas_add_up_to_one_capture():
     recorder = Recorder(support=2)
-    first = rows([(7, -1.5), (3, -0.5), (7, -1.5)])
-    second = rows([(3, -0.1), (3, -0.1), (9, -3.0)], [(2, -0.7), (2, -0.7), (5, -1.0)])
-    recorder.add(Output([1, 2], [Completion([7], first)]))
+    recorder.add_logprobs(rows([(7, -1.5), (3, -0.5), (7, -1.5)]))
+    recorder.add(Output([1, 2], [Completion([7])]))
+    recorder.add_logprobs(rows([(3, -0.1), (3, -0.1), (9, -3.0)]))
+    recorder.add_logprobs(rows([(2, -0.7), (2, -0.7), (5, -1.0)]))
     spans = [Span("4", 0, 1), Span("5", 1, 3)]
-    recorder.add(Output([1, 2], [Completion([3, 2], second, "stop", spans)]))
+    recorder.add(Output([1, 2], [Completion([3, 2], "stop", spans)]))
     finished = recorder.finish()
     capture = finished.capture
     assert capture.prompt_ids.tolist() == [1, 2]
@@ -68,22 +64,32 @@ def test_deltas_add_up_to_one_capture():
 
 def test_a_client_that_asked_for_more_logprobs_does_not_widen_the_capture():
     recorder = Recorder(support=1)
-    wide = rows([(7, -1.5), (3, -0.5), (7, -1.5), (8, -2.0)])
-    recorder.add(Output([1], [Completion([7], wide, "stop", [Span("0", 0, 1)])]))
+    recorder.add_logprobs(rows([(7, -1.5), (3, -0.5), (7, -1.5), (8, -2.0)]))
+    recorder.add(Output([1], [Completion([7], "stop", [Span("0", 0, 1)])]))
     assert recorder.finish().capture.top_ids.tolist() == [[3]]
 
 
 def test_an_unfinished_reply_is_no_capture():
     recorder = Recorder(support=0)
-    recorder.add(Output([1], [Completion([7], rows([(7, -1.5)]))]))
+    recorder.add_logprobs(rows([(7, -1.5)]))
+    recorder.add(Output([1], [Completion([7])]))
     with pytest.raises(PolicyError, match="without a finish reason"):
         recorder.finish()
 
 
 def test_missing_version_spans_are_an_error_not_a_guess():
     recorder = Recorder(support=0)
-    recorder.add(Output([1], [Completion([7], rows([(7, -1.5)]), "stop", None)]))
+    recorder.add_logprobs(rows([(7, -1.5)]))
+    recorder.add(Output([1], [Completion([7], "stop", None)]))
     with pytest.raises(ValueError, match="cover 0 tokens of 1"):
+        recorder.finish()
+
+
+def test_a_token_without_logprobs_is_an_error_not_a_guess():
+    recorder = Recorder(support=1)
+    recorder.add_logprobs(rows([(7, -1.5), (7, -1.5)]))
+    recorder.add(Output([1], [Completion([7, 8], "stop", [Span("0", 0, 2)])]))
+    with pytest.raises(ValueError, match="rows"):
         recorder.finish()
 
 

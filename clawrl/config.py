@@ -114,7 +114,7 @@ class LearningSection(Section):
 
 
 class BufferSection(Section):
-    batch_size: int = Field(default=24, ge=1, description="Samples per optimizer step.")
+    batch_size: int = Field(default=32, ge=1, description="Samples per optimizer step.")
     max_lag: int = Field(default=4, ge=1, description="Samples more versions old than this are dropped and counted.")
 
 
@@ -123,7 +123,7 @@ class TrainerSection(Section):
     gpus_per_worker: GpuShare = Field(default=0, le=1, description="0: CPU (gloo); 1: NCCL; below 1: shares a GPU.")
     threads: int = Field(default=1, ge=1, description="Torch threads of one CPU worker.")
     nice: int = Field(default=10, ge=0, le=19)
-    learning_rate: float = Field(default=6e-4, gt=0)
+    learning_rate: float = Field(default=5e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = Field(default=0.1, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)

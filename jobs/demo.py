@@ -426,7 +426,8 @@ class Screen:
         """The system's newest figures."""
         self._state = state
         if not self._console.is_terminal and time.time() - self._last_line > BEAT_S:
-            self._print(f"{len(self.first_replies)} of {self._total} conversations · {self._figures()}")
+            done = f"{len(self.first_replies)} of {self._total} conversations · {self._figures()}"
+            self._print(done if self._total else f"still {self._step}")
 
     def keep_traceback(self, error: Exception) -> str:
         """Write a defect's traceback where it can be found; returns the words that say where."""

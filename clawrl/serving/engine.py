@@ -244,6 +244,7 @@ async def start_engine(
     from vllm import SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
     from clawrl.serving.weight_transfer import BACKEND
 
@@ -254,6 +255,9 @@ async def start_engine(
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         tensor_parallel_size=max(1, int(settings.gpus_per_replica)),
+        # On a CPU vLLM gives the one worker a process of its own, and both spin while they wait for each other. A class
+        # is not overruled so; vLLM's reason, the OpenMP settings, are in the environment already.
+        distributed_executor_backend=UniProcExecutor if settings.gpus_per_replica == 0 else None,
         gpu_memory_utilization=settings.gpu_memory_utilization,
         kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30) if settings.gpus_per_replica == 0 else None,
         enforce_eager=settings.enforce_eager,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +21,9 @@ from jobs.bench import client, processes
 from jobs.bench.figures import Figure
 
 GOAL_GB = 8.0
+Reading = tuple[dict[str, int], dict[str, int]]
+"""Bytes by part, proportional and resident."""
+
 USERS = 16
 EVERY_S = 3.0
 FOLLOW_UPS = ("That is too formal for me. Please say it more casually.", "Better, thank you! And 3 more than that?")
@@ -33,22 +35,22 @@ def measure(config: Config, *, seconds: float) -> tuple[list[Figure], dict[str, 
         readings, status = asyncio.run(_watch(system.url, seconds))
     finally:
         system.stop()
-    proportional, resident = max(readings, key=lambda reading: reading[0].total())
+    proportional, resident = max(readings, key=lambda reading: sum(reading[0].values()))
+    largest = sorted(proportional.items(), key=lambda part: -part[1])
     counts = status["journal"]
     figures = [
-        Figure("proportional memory, highest sum", proportional.total() / 1e9, "GB", at_most=GOAL_GB),
-        Figure("resident memory, highest sum", max(r.total() for _, r in readings) / 1e9, "GB", at_most=GOAL_GB),
-        *(Figure(f"  {part}", size / 1e9, "GB") for part, size in proportional.most_common() if size > 5e7),
+        Figure("proportional memory, highest sum", sum(proportional.values()) / 1e9, "GB", at_most=GOAL_GB),
+        Figure("resident memory, highest sum", max(sum(r.values()) for _, r in readings) / 1e9, "GB"),
+        *(Figure(f"  {part}", size / 1e9, "GB") for part, size in largest if size > 5e7),
         Figure("readings", len(readings)),
         *(Figure(f"{name} meanwhile", counts[name]) for name in ("turns", "judgements", "versions", "swaps")),
     ]
-    details = {"proportional": dict(proportional.most_common()), "resident": dict(resident.most_common())}
-    return figures, details
+    return figures, {"proportional": proportional, "resident": resident}
 
 
-async def _watch(url: str, seconds: float) -> tuple[list[tuple[Counter[str], Counter[str]]], dict[str, Any]]:
+async def _watch(url: str, seconds: float) -> tuple[list[Reading], dict[str, Any]]:
     """Readings of the memory while users converse, and the system's last word on itself."""
-    readings = []
+    readings: list[Reading] = []
     started = time.monotonic()
     async with client.session() as http:
         users = [asyncio.create_task(_converse(http, url, user)) for user in range(USERS)]

@@ -6,7 +6,7 @@ Knows how Ray and vLLM name their processes. Everything that descends from this 
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,32 +40,32 @@ class Meter:
         self._before = _processor_seconds()
         self._own = time.process_time()
 
-    def stop(self) -> Counter[str]:
+    def stop(self) -> dict[str, float]:
         """Seconds by part; a process that appeared since counts from its own start."""
         own = time.process_time() - self._own
-        spent: Counter[str] = Counter()
+        spent: defaultdict[str, float] = defaultdict(float)
         for key, seconds in _processor_seconds().items():
             spent[key[1]] += seconds - self._before.get(key, 0.0)
         spent[CLIENT] = own
         return spent
 
 
-def _processor_seconds() -> Counter[tuple[int, str]]:
+def _processor_seconds() -> dict[tuple[int, str], float]:
     """User and system seconds that each process has used, by (pid, part)."""
-    used: Counter[tuple[int, str]] = Counter()
+    used: dict[tuple[int, str], float] = {}
     for process, name in _walk():
         try:
             times = process.cpu_times()
         except psutil.Error:
             continue
-        used[process.pid, name] += times.user + times.system
+        used[process.pid, name] = times.user + times.system
     return used
 
 
-def memory() -> tuple[Counter[str], Counter[str]]:
+def memory() -> tuple[dict[str, int], dict[str, int]]:
     """Bytes by part: proportional (shared pages divided among their users) and resident (counted for each)."""
-    proportional: Counter[str] = Counter()
-    resident: Counter[str] = Counter()
+    proportional: defaultdict[str, int] = defaultdict(int)
+    resident: defaultdict[str, int] = defaultdict(int)
     for process, name in _walk():
         try:
             proportional[name] += _proportional_bytes(process.pid)

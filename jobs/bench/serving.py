@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -97,8 +97,8 @@ async def _rounds(
         return await running.policy.generate_directly.remote(asked, num_tokens, kind == "logprobs")
 
     runs: dict[str, list[list[Stream]]] = defaultdict(list)
-    spent: dict[str, Counter[str]] = defaultdict(Counter)
-    seconds: Counter[str] = Counter()
+    spent: dict[str, dict[str, float]] = {kind: defaultdict(float) for kind in KINDS}
+    seconds: dict[str, float] = defaultdict(float)
     for round_ in range(rounds + 1):
         asked = conversations(round_, streams)
         for kind in KINDS if round_ % 2 else KINDS[::-1]:
@@ -109,10 +109,13 @@ async def _rounds(
             _require_whole(found, num_tokens, kind)
             if round_:  # the first one warms up
                 runs[kind].append(found)
-                spent[kind] += used
                 seconds[kind] += took
+                for name, busy in used.items():
+                    spent[kind][name] += busy
     cores = {
-        kind: {name: round(used / seconds[kind], 3) for name, used in spent[kind].most_common() if used > 0.005}
+        kind: {
+            name: round(busy / seconds[kind], 3) for name, busy in sorted(spent[kind].items(), key=lambda at: -at[1])
+        }
         for kind in KINDS
     }
     return runs, cores

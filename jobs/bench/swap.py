@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ class Publisher:
 
         os.nice(config.trainer.nice)
         torch.set_num_threads(config.trainer.threads)
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        with tempfile.TemporaryDirectory() as meeting:
+            dist.init_process_group("gloo", init_method=f"file://{meeting}/rank", rank=0, world_size=1)
         folder = model_path(config.policy.model)
         self._learner = Learner(folder, config.trainer, config.learning, init_device_mesh("cpu", (1,)))
         self._bucket_bytes = config.versions.bucket_mib << 20

@@ -32,8 +32,8 @@ READ_SHARE = 0.25  # of such tokens, those drawn into the loss at each step
 class Recipe:
     """How long and how fast; learning rates fall linearly over the last `decay` of the way."""
 
-    tokens: int = 12_000_000
-    seconds: float = 1600.0  # of this process's CPU time, after which training has ended, wherever it stands
+    tokens: int = 16_000_000
+    seconds: float = 2000.0  # of this process's CPU time, after which training has ended, wherever it stands
     seed: int = 0
     muon_rate: float = 0.018
     adam_rate: float = 3e-3

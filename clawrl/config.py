@@ -45,7 +45,7 @@ class EngineSection(Section):
     gpus_per_replica: GpuShare = Field(default=0, description="0: CPU; below 1: a share; above 1: tensor parallelism.")
     max_model_len: int = Field(default=2048, ge=64, description="Context length in tokens, prompt and reply together.")
     max_num_seqs: int = Field(default=64, ge=1, description="Sequences decoded side by side in one engine.")
-    kv_cache_gib: float = Field(default=0.5, gt=0, description="Key-value cache on the CPU, GiB.")
+    kv_cache_gib: float = Field(default=0.25, gt=0, description="Key-value cache on the CPU, GiB.")
     gpu_memory_utilization: float = Field(
         default=0.85, gt=0, le=1, description="Part of each GPU's memory the engine takes."
     )
@@ -98,7 +98,7 @@ class LearningSection(Section):
     method: Literal["rl", "opd", "hybrid"] = "hybrid"
     rl_weight: float = Field(default=1.0, ge=0)
     opd_weight: float = Field(default=1.0, ge=0)
-    kl_weight: float = Field(default=0.01, ge=0)
+    kl_weight: float = Field(default=0.05, ge=0)
     clip: ClipSection = ClipSection()
     baseline: Literal["none", "ema"] = "ema"
     baseline_decay: float = Field(default=0.9, ge=0, lt=1)
@@ -162,7 +162,7 @@ class ChatSection(Section):
     conversations: int = Field(default=400, ge=1)
     concurrency: int = Field(default=12, ge=1)
     max_turns: int = Field(default=3, ge=1)
-    evaluation_problems: int = Field(default=400, ge=1)
+    evaluation_problems: int = Field(default=800, ge=1)
     seed: int = 0
 
 

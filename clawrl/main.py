@@ -42,11 +42,14 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_worker_niceness": "0",  # niceness is ours to choose: chat first, training last
+    "RAY_worker_maximum_startup_concurrency": "16",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_TRAIN_V2_ENABLED": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+_QUIET_SERVE = {"log_level": "WARNING", "enable_access_log": False}
 
 
 class System:
@@ -99,7 +102,11 @@ class System:
         say(f"starting {config.policy.replicas} policy and {config.judge.replicas} judge engines (vLLM)")
         told = {"versions": (store, "status"), "buffer": (buffer, "stats"), "journal": (journal, "counts")}
         application = app.build(config, store=(store, f"{NAMESPACE}-weights"), journal=journal, status=told)
-        serve.start(http_options=_http_options(config))
+        serve.start(http_options=_http_options(config), logging_config=_QUIET_SERVE)
+        serve.run(application, name=app.APPLICATION, logging_config=_QUIET_SERVE)
+        judge = serve.get_deployment_handle("judge", app.APPLICATION)
+        policy = serve.get_deployment_handle("policy", app.APPLICATION)
+        self._actor("collector", Collector, journal, judge, policy, config.judge, config.learning)
         loop = TrainLoop(config.trainer, config.learning, config.versions, config.policy.model, buffer, store)
         trainer: Any = ray.remote(run_trainer)
         self.training = trainer.options(
@@ -110,10 +117,6 @@ class System:
             # Ray Train's actors ask Ray's state API, which must know which of several clusters is meant
             runtime_env={"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}},
         ).remote(loop, str(self.run_directory), cpus_per_worker=TRAINER_CPUS)
-        serve.run(application, name=app.APPLICATION)
-        judge = serve.get_deployment_handle("judge", app.APPLICATION)
-        policy = serve.get_deployment_handle("policy", app.APPLICATION)
-        self._actor("collector", Collector, journal, judge, policy, config.judge, config.learning)
         say(f"serving {self.url} · run directory {self.run_directory}")
 
     def _actor(self, name: str, cls: type, *arguments: Any) -> Any:

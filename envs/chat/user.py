@@ -57,7 +57,8 @@ class SimulatedUser:
 
     def __init__(self, persona: Persona, rng: random.Random, mood: Mood | None = None, split: Split = "train") -> None:
         self.persona: Persona = persona
-        self.rng, self.mood, self.split = rng, mood or Mood(), split
+        self.rng, self.mood = rng, mood or Mood()
+        self.split: Split = split
         self.problem: Problem = make_problem(rng, split)
         self.reaction, self.leaving = "open", False
 

@@ -243,7 +243,8 @@ def _hinted(rng: random.Random) -> Example:
         messages.append(user(problem.question))
     hint, target = say(f"{'hint' if rng.random() < 0.75 else 'ask'}_{want}", rng), toward(style, want)
     if rng.random() < 0.1:
-        second = rng.choice([other for other in WANTS if toward(toward(target, other), want) == toward(target, other)])
+        fitting: list[Want] = [other for other in WANTS if toward(toward(target, other), want) == toward(target, other)]
+        second = rng.choice(fitting)
         hint, target = f"{hint} {say(f'hint_{second}', rng)}", toward(target, second)
     messages = with_hint(messages, hint)
     return Example("hinted", (*messages, assistant(render(problem, target, rng))), silent=silent)

@@ -44,6 +44,7 @@ class ReplayBuffer:
         self._version = 0
         self._closed = False
         self._changed = asyncio.Condition()
+        self._set_waiting([])  # an empty buffer is a measurement too
         self._filling = asyncio.create_task(self._fill())
 
     async def take(self, step: int, timeout_s: float) -> Batch | None:

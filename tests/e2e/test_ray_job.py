@@ -115,7 +115,7 @@ def test_the_same_program_runs_as_a_ray_job(head: Head, tmp_path: Path):
         assert name in exported
 
     head.ray("job", "stop", job)
-    assert "STOPPED" in head.ray("job", "status", job)
+    assert "was stopped" in head.ray("job", "status", job)
     with pytest.raises(httpx.HTTPError):
         httpx.get(f"{url}/healthz", timeout=5).raise_for_status()
     assert "Active" in head.ray("status"), "the cluster is not ours to stop"

@@ -65,6 +65,8 @@ def set_up_logging(level: int = logging.INFO) -> None:
     logging.basicConfig(
         level=level, stream=sys.stderr, format="time=%(asctime)s level=%(levelname)s logger=%(name)s %(message)s"
     )
+    for chatty in ("httpx", "httpx2", "ray.serve"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def new_run_directory(root: str | Path) -> Path:

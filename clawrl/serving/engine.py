@@ -190,6 +190,26 @@ class Engine:
         return 1000 * (time.perf_counter() - started)
 
 
+class Scorer:
+    """What judge and policy replicas share: scoring the exact tokens of a reply, as teacher or reference."""
+
+    _engine: Engine
+
+    async def score_ids(self, prompt_ids: np.ndarray, completion_ids: np.ndarray, top: int) -> Scores:
+        return await self._engine.score(prompt_ids.tolist(), completion_ids.tolist(), top)
+
+    async def score_messages(
+        self,
+        messages: tuple[Message, ...],
+        tools: tuple[Tool, ...],
+        template: dict[str, Any],
+        completion_ids: np.ndarray,
+        top: int,
+    ) -> Scores:
+        prompt_ids = await self._engine.render(messages, tools, template)
+        return await self._engine.score(prompt_ids, completion_ids.tolist(), top)
+
+
 class ChunkQueue:
     """Stands before one request's queue: outputs pass merged, at most one in an interval, the first and last at once.
 

@@ -12,21 +12,19 @@ import time
 import uuid
 from typing import Any
 
-import numpy as np
-
 from clawrl.config import JudgeSection
 from clawrl.errors import JudgeError, boundary
 from clawrl.observe import metric
 from clawrl.serving import judging
-from clawrl.serving.engine import start_engine
-from clawrl.types import Judgement, Message, NextState, Scores, Tool, Turn
+from clawrl.serving.engine import Scorer, start_engine
+from clawrl.types import Judgement, NextState, Turn
 
 log = logging.getLogger(__name__)
 
 SHORTEST_VERDICT = 8  # tokens; a question that leaves less room cannot be answered
 
 
-class Judge:
+class Judge(Scorer):
     """One replica."""
 
     async def __init__(self, settings: JudgeSection, hints: bool) -> None:
@@ -59,20 +57,6 @@ class Judge:
         metric("judge/latency_s").observe(seconds)
         score = judging.plurality(votes)
         return Judgement(turn.id, votes, score, hints, self._engine.version, seconds, None, time.time())
-
-    async def score_ids(self, prompt_ids: np.ndarray, completion_ids: np.ndarray, top: int) -> Scores:
-        return await self._engine.score(prompt_ids.tolist(), completion_ids.tolist(), top)
-
-    async def score_messages(
-        self,
-        messages: tuple[Message, ...],
-        tools: tuple[Tool, ...],
-        template: dict[str, Any],
-        completion_ids: np.ndarray,
-        top: int,
-    ) -> Scores:
-        prompt_ids = await self._engine.render(messages, tools, template)
-        return await self._engine.score(prompt_ids, completion_ids.tolist(), top)
 
     async def status(self) -> dict[str, Any]:
         return {"model": self._settings.model, "streams": self._engine.streams}

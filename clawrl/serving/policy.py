@@ -22,15 +22,15 @@ from clawrl.config import PolicySection
 from clawrl.errors import PolicyError
 from clawrl.observe import metric
 from clawrl.serving.capture import Finished, Recorder, Refused
-from clawrl.serving.engine import Engine, start_engine
-from clawrl.types import Message, Publication, Scores, Swap, Tool
+from clawrl.serving.engine import Engine, Scorer, start_engine
+from clawrl.types import Publication, Swap
 
 log = logging.getLogger(__name__)
 
 WAIT_S = 30.0  # one long poll for the next version
 
 
-class Policy:
+class Policy(Scorer):
     """One replica. `store` is the weight store's handle and name, or None for weights that never change."""
 
     async def __init__(self, settings: PolicySection, store: tuple[Any, str] | None) -> None:
@@ -90,20 +90,6 @@ class Policy:
             async for events in _joined(answer, recorder):
                 yield events
             yield recorder.finish()
-
-    async def score_ids(self, prompt_ids: np.ndarray, completion_ids: np.ndarray, top: int) -> Scores:
-        return await self._engine.score(prompt_ids.tolist(), completion_ids.tolist(), top)
-
-    async def score_messages(
-        self,
-        messages: tuple[Message, ...],
-        tools: tuple[Tool, ...],
-        template: dict[str, Any],
-        completion_ids: np.ndarray,
-        top: int,
-    ) -> Scores:
-        prompt_ids = await self._engine.render(messages, tools, template)
-        return await self._engine.score(prompt_ids, completion_ids.tolist(), top)
 
     async def status(self) -> dict[str, Any]:
         return {"replica": self.replica, "version": self._engine.version, "streams": self._engine.streams}

@@ -49,6 +49,10 @@ _QUIET = {
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+_FAST_SERVE = {  # one thread and one loop per replica: a chunk on its way to a client wakes nobody else
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
 _QUIET_SERVE = {"log_level": "WARNING", "enable_access_log": False}
 
 
@@ -101,8 +105,14 @@ class System:
         buffer = self._actor("buffer", ReplayBuffer, config.buffer, journal)
         say(f"starting {config.policy.replicas} policy and {config.judge.replicas} judge engines (vLLM)")
         told = {"versions": (store, "status"), "buffer": (buffer, "stats"), "journal": (journal, "counts")}
-        application = app.build(config, store=(store, f"{NAMESPACE}-weights"), journal=journal, status=told)
-        serve.start(http_options=_http_options(config), logging_config=_QUIET_SERVE)
+        application = app.build(
+            config,
+            store=(store, f"{NAMESPACE}-weights"),
+            journal=journal,
+            status=told,
+            here=ray.util.get_node_ip_address(),
+        )
+        start_serve()
         serve.run(application, name=app.APPLICATION, logging_config=_QUIET_SERVE)
         judge = serve.get_deployment_handle("judge", app.APPLICATION)
         policy = serve.get_deployment_handle("policy", app.APPLICATION)
@@ -193,7 +203,7 @@ def join_ray() -> bool:
     """Connect to the cluster named by RAY_ADDRESS, or start one on this machine; true if it was started here."""
     os.environ.update({key: value for key, value in _QUIET.items() if key not in os.environ})
     # Processes find this very package, installed or not.
-    environment = {"env_vars": {key: os.environ[key] for key in _QUIET}}
+    environment = {"env_vars": {**_FAST_SERVE, **{key: os.environ[key] for key in _QUIET}}}
     options: dict[str, Any] = {"namespace": NAMESPACE, "runtime_env": environment, "logging_level": logging.ERROR}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**options)
@@ -206,8 +216,10 @@ def _here() -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def _http_options(config: Config) -> dict[str, Any]:
-    return {"host": config.gateway.host, "port": config.gateway.port, "request_timeout_s": None}
+def start_serve() -> None:
+    """Ray Serve without its HTTP proxy: the gateway's replicas listen themselves (`serving/listener.py`)."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # importing Serve has set it to INFO
+    serve.start(proxy_location="Disabled", logging_config=_QUIET_SERVE)
 
 
 def serve_until_stopped(config: Config, say: Callable[[str], None]) -> None:

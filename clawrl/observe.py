@@ -65,7 +65,7 @@ def set_up_logging(level: int = logging.INFO) -> None:
     logging.basicConfig(
         level=level, stream=sys.stderr, format="time=%(asctime)s level=%(levelname)s logger=%(name)s %(message)s"
     )
-    for chatty in ("httpx", "httpx2", "ray.serve"):
+    for chatty in ("httpx", "httpx2"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 

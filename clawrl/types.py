@@ -76,6 +76,8 @@ class Turn:
     capture: Capture
     started: float  # seconds since the epoch
     ended: float
+    request: str = ""  # digest of the request's messages: the same request again is the same turn
+    key: str | None = None  # the client's idempotency key, by user; never stored twice
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +170,7 @@ class Sample:
     newest_version: int
     weight: float
     at: float
+    held_out: bool = False  # never trained on: the gate measures candidates with it
 
     def __post_init__(self) -> None:
         length = len(self.token_ids)
@@ -250,6 +253,62 @@ class Swap:
     stall_ms: float  # how long the engine stood paused
     canary_error: float | None  # largest |engine - trainer| log-probability over the canary
     canary_moved: float | None  # largest change of the engine's own canary log-probabilities
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A version's checkpoint is kept for good (or no longer); the latest pin of a version holds."""
+
+    version: int
+    pinned: bool
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class GateCheck:
+    """One measurement of the gate; an unbounded side, or an interval that was not needed, is None."""
+
+    name: str
+    value: float
+    low: float | None  # bootstrap interval
+    high: float | None
+    bound: str  # what was asked of it, in words
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GateDecision:
+    """Why a version may serve, or no longer: before it served anybody, or by what people said to it after."""
+
+    version: int
+    stage: Literal["before", "after"]
+    passed: bool
+    reason: str
+    checks: tuple[GateCheck, ...]
+    seconds: float
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Consent:
+    """Whether a user (session None) or one session of theirs is recorded and trained on; the latest word holds."""
+
+    user: str
+    session: str | None
+    train: bool
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Erasure:
+    """The content of a user or a session was deleted. What is kept says nothing of what was said."""
+
+    user: str
+    session: str | None  # None: all of the user's
+    turns: int
+    versions: tuple[int, ...]  # those that had learnt from it
+    restored: int | None  # the version training went back to; None: no retraining was asked for
     at: float
 
 

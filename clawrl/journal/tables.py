@@ -20,9 +20,22 @@ import numpy as np
 from sqlalchemy import BigInteger, Boolean, Column, Index, Integer, LargeBinary, MetaData, RowMapping, Table, Text
 from sqlalchemy.types import TypeEngine, UserDefinedType
 
-from clawrl.types import Feedback, Judgement, NextState, Sample, Swap, Turn, VersionEvent, WeightVersion
+from clawrl.types import (
+    Consent,
+    Erasure,
+    Feedback,
+    GateDecision,
+    Judgement,
+    NextState,
+    Pin,
+    Sample,
+    Swap,
+    Turn,
+    VersionEvent,
+    WeightVersion,
+)
 
-SCHEMA = 1
+SCHEMA = 2
 """Number of the layout below. A change to a table raises it and adds the step that brings an older journal here."""
 
 METADATA = MetaData()
@@ -167,8 +180,14 @@ TURNS = RecordTable(
     "turns",
     Turn,
     unique="id",
-    indexes=(("conversation", "user", "kind", "seq"), ("user", "session", "kind", "seq"), ("user", "seq")),
+    indexes=(
+        ("conversation", "user", "kind", "seq"),
+        ("user", "session", "kind", "seq"),
+        ("user", "request", "seq"),
+        ("user", "seq"),
+    ),
 )
+Index("turns_key", TURNS.c.key, unique=True)
 NEXT_STATES = RecordTable("next_states", NextState, unique="turn")
 JUDGEMENTS = RecordTable("judgements", Judgement, unique="turn")
 SAMPLES = RecordTable("samples", Sample, unique="id")
@@ -176,8 +195,26 @@ VERSIONS = RecordTable("versions", WeightVersion, unique="number")
 FEEDBACK = RecordTable("feedback", Feedback, unique="id", indexes=(("turn",),))
 EVENTS = RecordTable("version_events", VersionEvent)
 SWAPS = RecordTable("swaps", Swap)
+PINS = RecordTable("pins", Pin)
+DECISIONS = RecordTable("gate_decisions", GateDecision)
+CONSENTS = RecordTable("consents", Consent)
+ERASURES = RecordTable("erasures", Erasure)
 RECORD_TABLES: dict[type, RecordTable] = {
-    table.record: table for table in (TURNS, NEXT_STATES, JUDGEMENTS, SAMPLES, VERSIONS, FEEDBACK, EVENTS, SWAPS)
+    table.record: table
+    for table in (
+        TURNS,
+        NEXT_STATES,
+        JUDGEMENTS,
+        SAMPLES,
+        VERSIONS,
+        FEEDBACK,
+        EVENTS,
+        SWAPS,
+        PINS,
+        DECISIONS,
+        CONSENTS,
+        ERASURES,
+    )
 }
 CONSUMPTIONS = Table(
     "consumptions",

@@ -10,7 +10,7 @@ from typing import Any
 from ray import serve
 
 from clawrl.config import Config, EngineSection
-from clawrl.serving.gateway import Gateway, api
+from clawrl.serving.gateway import Gateway
 from clawrl.serving.judge import Judge
 from clawrl.serving.policy import Policy
 
@@ -18,20 +18,32 @@ APPLICATION = "clawrl"
 CPU_SHARE = {"gateway": 0.1, "policy": 0.2, "judge": 0.2}
 
 
-def build(config: Config, *, store: tuple[Any, str] | None, journal: Any, status: dict[str, tuple[Any, str]]) -> Any:
-    """The Serve application. `store` is the weight store's handle and name; `status` names who tells what."""
+def build(
+    config: Config, *, store: tuple[Any, str] | None, journal: Any, status: dict[str, tuple[Any, str]], here: str
+) -> Any:
+    """The Serve application. `store` is the weight store's handle and name; `status` names who tells what.
+
+    `here` is the address of the node whose port the gateway opens, as Ray writes it.
+    """
     hints = config.learning.method != "rl"
     judge = _engine_deployment(Judge, "judge", config.judge).bind(config.judge, hints)
     policy = _engine_deployment(Policy, "policy", config.policy).bind(config.policy, store)
+    told = {"policy": (policy, "status"), "judge": (judge, "status"), **status}
+    return bind_gateway(config, policy, journal, told, here)
+
+
+def bind_gateway(config: Config, policy: Any, journal: Any, status: dict[str, tuple[Any, str]], here: str) -> Any:
+    """The door, on the node `here`, in front of a policy deployment."""
     gateway = serve.deployment(
-        serve.ingress(api)(Gateway),
+        serve.ingress()(Gateway),
         name="gateway",
         num_replicas=config.gateway.replicas,
         max_ongoing_requests=config.gateway.max_concurrent_requests,
-        ray_actor_options={"num_cpus": CPU_SHARE["gateway"]},
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=5,
+        ray_actor_options={"num_cpus": CPU_SHARE["gateway"], "resources": {f"node:{here}": 0.001}},
     )
-    told = {"policy": (policy, "status"), "judge": (judge, "status"), **status}
-    return gateway.bind(config.gateway, config.policy, policy, journal, told)
+    return gateway.bind(config.gateway, config.policy, policy, journal, status)
 
 
 def _engine_deployment(cls: type, name: str, settings: EngineSection) -> Any:

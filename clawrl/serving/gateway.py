@@ -26,15 +26,15 @@ from clawrl.config import GatewaySection, PolicySection
 from clawrl.errors import ClawrlError, GatewayError
 from clawrl.observe import metric
 from clawrl.serving.capture import Finished, Refused, ReplyAssembler, reply_message
+from clawrl.serving.listener import ClientGone, Listener, Slots, while_connected
 from clawrl.serving.sessions import Identity, continuation, digest, identify
 from clawrl.types import Message, NextState, Turn
 
 log = logging.getLogger(__name__)
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+CHAT = "/v1/chat/completions"
 DONE = "data: [DONE]\n\n"
-
-api = FastAPI(title="clawrl", docs_url=None, redoc_url=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +46,12 @@ class Place:
 
 
 class Gateway:
-    """One replica; `serving/app.py` makes it a Serve ingress over `api`.
+    """One replica; `serving/app.py` makes it a Serve ingress.
 
     `policy` and `journal` are handles; `status` maps a name to the handle and method that answer under it.
     """
 
-    def __init__(
+    async def __init__(
         self,
         settings: GatewaySection,
         policy_settings: PolicySection,
@@ -65,16 +65,36 @@ class Gateway:
         self._stream = policy.options(stream=True)
         self._journal = journal
         self._status = status
+        self._app = self._routes()
+        self._listener = Listener(self._app, settings.host, settings.port)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """The same routes for Serve's own proxy, where a cluster runs one."""
+        return self._app
+
+    async def check_health(self) -> None:
+        """Asked by Serve, which replaces a replica that fails."""
+        if not self._listener.alive:
+            raise GatewayError(f"the listener on port {self._settings.port} has ended", status=503)
+
+    async def __del__(self) -> None:
+        await self._listener.close()
 
     # -- routes ------------------------------------------------------------------------------------------------------
 
-    @api.get("/healthz")
+    def _routes(self) -> Any:
+        api = FastAPI(title="clawrl", docs_url=None, redoc_url=None)
+        api.get("/healthz")(self.healthz)
+        api.get("/status")(self.status)
+        api.get("/v1/models")(self.models)
+        api.post(CHAT)(self.chat_completions)
+        return Slots(api, frozenset([CHAT]), self._settings.max_concurrent_requests)
+
     async def healthz(self) -> Response:
         """200 once a policy replica answers."""
         policy = await self._policy.status.remote()
         return JSONResponse({"status": "ok", "version": policy["version"]})
 
-    @api.get("/status")
     async def status(self) -> Response:
         """Versions, buffer, collector and journal counts."""
         names = list(self._status)
@@ -86,7 +106,6 @@ class Gateway:
         }
         return JSONResponse(shown)
 
-    @api.get("/v1/models")
     async def models(self) -> Response:
         settings = self._policy_settings
         card = {
@@ -99,7 +118,6 @@ class Gateway:
         }
         return JSONResponse({"object": "list", "data": [card]})
 
-    @api.post("/v1/chat/completions")
     async def chat_completions(self, request: Request) -> Response:
         arrived = time.time()
         metric("gateway/requests_num").inc()
@@ -107,9 +125,11 @@ class Gateway:
             body = await read_json(request, self._settings.max_body_mib)
             validate_chat(body, self._policy_settings)
             identity = identify(request.headers, body)
-            return await self._answer(body, identity, arrived)
+            return await while_connected(request, self._answer(body, identity, arrived))
         except GatewayError as error:
             return JSONResponse(error.body(), status_code=error.status)
+        except ClientGone:
+            return Response(status_code=499)
         except Exception as error:
             metric("gateway/failures_num").inc()
             log.exception("event=request_failed")
@@ -119,7 +139,7 @@ class Gateway:
     # -- one request ---------------------------------------------------------------------------------------------------
 
     async def _answer(self, body: dict[str, Any], identity: Identity, arrived: float) -> Response:
-        pieces = self._stream.chat.remote(body, uuid.uuid4().hex)
+        pieces = _whole(self._stream.chat.remote(body, uuid.uuid4().hex))
         first = await anext(pieces)
         if isinstance(first, Refused):
             return JSONResponse(first.body, status_code=first.status)
@@ -186,6 +206,18 @@ class Gateway:
         if seen.history is not None and seen.fresh:
             await self._journal.append.remote(NextState(turn, seen.role, seen.fresh, False, time.time()))
         return Place(session, index + 1)
+
+
+async def _whole(pieces: Any) -> AsyncIterator[Any]:
+    """The pieces of a reply; whoever stops reading before its end cancels the generation behind it."""
+    ended = False
+    try:
+        async for piece in pieces:
+            ended = isinstance(piece, (Finished, Refused))
+            yield piece
+    finally:
+        if not ended:
+            pieces.cancel()
 
 
 async def read_json(request: Request, max_mib: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ray import serve
 from clawrl import main
 from clawrl.config import Config
 from clawrl.journal.actor import Journal
-from clawrl.serving.gateway import Gateway, api
+from clawrl.serving import app
 from clawrl.serving.policy import Policy
 from clawrl.training.weights import WeightStore
 
@@ -56,14 +56,9 @@ def _up(config: Config, policy: type[Policy], folder: str, with_store: bool) -> 
         store = _actor(WeightStore, "weights").remote(config.versions, journal, folder, config.policy.model)
     served = serve.deployment(policy, name="policy", max_ongoing_requests=1024, ray_actor_options={"num_cpus": 0.2})
     engine = served.bind(config.policy, None if store is None else (store, STORE))
-    gateway = serve.deployment(
-        serve.ingress(api)(Gateway),
-        name="gateway",
-        max_ongoing_requests=config.gateway.max_concurrent_requests,
-        ray_actor_options={"num_cpus": 0.1},
-    )
-    serve.start(http_options={"host": config.gateway.host, "port": config.gateway.port, "request_timeout_s": None})
-    serve.run(gateway.bind(config.gateway, config.policy, engine, journal, {}), name=APPLICATION)
+    main.start_serve()
+    gateway = app.bind_gateway(config, engine, journal, {}, ray.util.get_node_ip_address())
+    serve.run(gateway, name=APPLICATION)
     url = f"http://{config.gateway.host}:{config.gateway.port}/v1"
     return Stage(url, serve.get_deployment_handle("policy", APPLICATION), journal, store)
 

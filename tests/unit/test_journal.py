@@ -380,7 +380,7 @@ class TestOpening:
         with closing(sqlite3.connect(path)) as connection, connection:
             connection.execute("UPDATE meta SET value = '99' WHERE name = 'schema'")
         before = path.read_bytes()
-        with pytest.raises(JournalError, match=r"has schema 99 and this clawrl knows 1; use the clawrl that wrote it"):
+        with pytest.raises(JournalError, match=r"has schema 99 and this clawrl knows 2; use the clawrl that wrote it"):
             JournalStore(f"sqlite:///{path}")
         assert path.read_bytes() == before
 

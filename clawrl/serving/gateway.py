@@ -25,8 +25,9 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from clawrl.config import GatewaySection, PolicySection
 from clawrl.errors import ClawrlError, GatewayError
 from clawrl.observe import metric
+from clawrl.serving import replay
 from clawrl.serving.capture import Finished, Refused, ReplyAssembler, reply_message
-from clawrl.serving.listener import ClientGone, Listener, Slots, while_connected
+from clawrl.serving.listener import ClientGone, InTurn, Listener, Slots, while_connected
 from clawrl.serving.sessions import Identity, continuation, digest, identify
 from clawrl.types import Message, NextState, Turn
 
@@ -35,6 +36,9 @@ log = logging.getLogger(__name__)
 ROLES = ("system", "developer", "user", "assistant", "tool")
 CHAT = "/v1/chat/completions"
 DONE = "data: [DONE]\n\n"
+EVENT_STREAM, NO_CACHE = "text/event-stream", {"cache-control": "no-cache"}
+RETRY_WINDOW_S = 1800.0
+"""How long after a reply the same request, marked as a client's retry, is taken for the same turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,7 @@ class Gateway:
         api.get("/status")(self.status)
         api.get("/v1/models")(self.models)
         api.post(CHAT)(self.chat_completions)
-        return Slots(api, frozenset([CHAT]), self._settings.max_concurrent_requests)
+        return InTurn(Slots(api, frozenset([CHAT]), self._settings.max_concurrent_requests))
 
     async def healthz(self) -> Response:
         """200 once a policy replica answers."""
@@ -125,6 +129,9 @@ class Gateway:
             body = await read_json(request, self._settings.max_body_mib)
             validate_chat(body, self._policy_settings)
             identity = identify(request.headers, body)
+            earlier = await self._earlier(body["messages"], identity)
+            if earlier is not None:
+                return self._replayed(earlier, bool(body.get("stream")), body.get("stream_options") or {})
             return await while_connected(request, self._answer(body, identity, arrived))
         except GatewayError as error:
             return JSONResponse(error.body(), status_code=error.status)
@@ -135,6 +142,30 @@ class Gateway:
             log.exception("event=request_failed")
             failure = GatewayError(f"the policy cannot answer now ({type(error).__name__}); try again", status=503)
             return JSONResponse(failure.body(), status_code=503)
+
+    # -- a request sent twice ------------------------------------------------------------------------------------------
+
+    async def _earlier(self, messages: list[Message], identity: Identity) -> Turn | None:
+        """The recorded turn that this request repeats: by its key, or else, where it is a retry, by its content.
+
+        Raises GatewayError if the key was used for another request.
+        """
+        if identity.key is not None:
+            found = await self._journal.keyed_turn.remote(identity.key)
+            if found is not None and found.request != digest(messages):
+                raise GatewayError("Idempotency-Key was used for another request; send a new key", status=422)
+            return found
+        if not identity.retried:
+            return None
+        since = time.time() - RETRY_WINDOW_S
+        return await self._journal.repeated_turn.remote(identity.user, digest(messages), since)
+
+    def _replayed(self, turn: Turn, stream: bool, options: dict[str, Any]) -> Response:
+        model = self._policy_settings.served_name
+        if not stream:
+            return JSONResponse(replay.completion(turn, model))
+        events = [*replay.events(turn, model, usage=bool(options.get("include_usage"))), DONE]
+        return StreamingResponse(iter(events), media_type=EVENT_STREAM, headers=NO_CACHE)
 
     # -- one request ---------------------------------------------------------------------------------------------------
 
@@ -147,7 +178,7 @@ class Gateway:
         metric("gateway/first_token_s").observe(time.time() - arrived)
         if body.get("stream"):
             events = self._events(body, identity, placing, first, pieces, arrived)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+            return StreamingResponse(events, media_type=EVENT_STREAM, headers=NO_CACHE)
         answer = json.loads(first)
         choice = answer["choices"][0]
         message = choice["message"]
@@ -308,4 +339,6 @@ def _turn(
         capture=finished.capture,
         started=arrived,
         ended=time.time(),
+        request=digest(messages),
+        key=identity.key,
     )

@@ -7,6 +7,7 @@ Knows every component's constructor and share of the machine; nothing else does.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -15,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import ray
 from ray import serve
@@ -66,6 +67,7 @@ class System:
         self.actors: dict[str, Any] = {}
         self.training: Any = None  # reference to the trainer's end
         self._owns_ray = owns_ray
+        self._lock: TextIO | None = None
 
     @classmethod
     def start(cls, config: Config, say: Callable[[str], None] = lambda line: None) -> System:
@@ -75,15 +77,11 @@ class System:
         that was started is stopped again.
         """
         check(config)
-        try:
-            run_directory = observe.new_run_directory(config.run_root)
-        except OSError as error:
-            raise ConfigError(
-                f"run_root={config.run_root!r} cannot be written: {error.strerror}; choose another"
-            ) from error
+        run_directory, lock = open_run(config)
         say("starting Ray")
         owns_ray = join_ray()
         system = cls(config, run_directory, owns_ray)
+        system._lock = lock
         try:
             system._start_components(say)
         except BaseException:
@@ -98,7 +96,12 @@ class System:
         if url == "sqlite":
             url = f"sqlite:///{self.run_directory / 'journal.sqlite'}"
         journal = self._actor("journal", Journal, url)
-        ray.get(journal.counts.remote())
+        known = ray.get(journal.counts.remote())["versions"]
+        if known and not (self.run_directory / "versions").is_dir():
+            raise ConfigError(
+                f"journal.url holds {known} versions of another run, whose weights are not in {self.run_directory}; "
+                "set run to that run's folder, or name an empty database"
+            )
         store = self._actor(
             "weights", WeightStore, config.versions, journal, str(self.run_directory), config.policy.model
         )
@@ -154,6 +157,8 @@ class System:
             worker.start()
             worker.join(STOP_S)
             ray.shutdown()
+        if self._lock is not None:
+            self._lock.close()
 
     def _close(self, deadline: float) -> None:
         """The order matters: no new samples, then no new versions, then the log."""
@@ -197,6 +202,34 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"run_root={config.run_root!r} has {free} MiB free, {FREE_DISK_MIB} are needed; free some or move it"
         )
+
+
+def open_run(config: Config) -> tuple[Path, TextIO]:
+    """The run's folder, new or continued, and the lock on it. Raises ConfigError if it cannot be had."""
+    try:
+        folder = observe.open_run(config.run_root, config.run)
+        lock = observe.lock_run(folder)
+    except BlockingIOError:
+        raise ConfigError(
+            f"run {folder.name} under run_root={config.run_root!r} is in use by another clawrl; stop it or set run=new"
+        ) from None
+    except FileNotFoundError as error:
+        raise ConfigError(f"run={config.run!r}: {error.filename} does not exist; set run=new or run=latest") from error
+    except OSError as error:
+        raise ConfigError(
+            f"run_root={config.run_root!r} cannot be written: {error.strerror}; choose another"
+        ) from error
+    about = folder / "run.json"
+    if not about.exists():
+        about.write_text(json.dumps({"model": config.policy.model}) + "\n")
+    began_with = json.loads(about.read_text())["model"]
+    if began_with != config.policy.model:
+        lock.close()
+        raise ConfigError(
+            f"run {folder.name} began with policy.model={began_with!r} and its versions are trained from it; "
+            f"set run=new for {config.policy.model!r}"
+        )
+    return folder, lock
 
 
 def join_ray() -> bool:

@@ -177,9 +177,9 @@ async def test_an_idempotency_key_names_one_turn(server: Server):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_ends_its_generation(server: Server, stream: bool):
     body = {"messages": QUESTION, "stream": stream, "max_tokens": 1900, "ignore_eos": True}
-    with httpx.Client(base_url=server.url) as client, suppress(httpx.ReadTimeout):
-        with client.stream("POST", "/v1/chat/completions", json=body, timeout=0.5) as response:
-            next(response.iter_bytes())
+    url = f"{server.url}/v1/chat/completions"
+    with suppress(httpx.ReadTimeout), httpx.stream("POST", url, json=body, timeout=0.5) as response:
+        next(response.iter_bytes())
     server.wait_for("the engine to be idle", lambda: server.status()["policy"]["streams"] == 0, timeout_s=5)
 
 

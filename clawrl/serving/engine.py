@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 CHUNK_RATE = 160.0  # streamed chunks a second, all streams of a CPU engine together: they share its cores
 GPU_CHUNK_RATE = 1000.0
+ENGINE_CHECK_S = 0.2
 CHUNK_INTERVAL_S = 0.02  # between two chunks of one stream at least; tokens in between share a chunk
 
 
@@ -159,6 +160,26 @@ class Engine:
         scored = await asyncio.gather(*(self.score(ids[:1].tolist(), ids[1:].tolist(), 0) for ids in canary.token_ids))
         return tuple(scores.logprobs for scores in scored)
 
+    # -- health ------------------------------------------------------------------------------------------------------
+
+    async def generates(self) -> None:
+        """Return once the engine has generated a token; a caller with a deadline learns that it hangs."""
+        from vllm import SamplingParams
+
+        async for _ in self._llm.generate(
+            {"prompt_token_ids": [1], "cache_salt": self._salt},
+            SamplingParams(max_tokens=1),
+            f"health-{uuid.uuid4().hex}",
+        ):
+            pass
+
+    async def end_process_with_engine(self) -> None:
+        """End this process when the engine's has ended: a replica that is gone is replaced sooner than a sick one."""
+        while not self._llm.errored:  # noqa: ASYNC110 (vLLM sets a flag, no event)
+            await asyncio.sleep(ENGINE_CHECK_S)
+        log.error("event=engine_dead")
+        os._exit(1)
+
     # -- versions ----------------------------------------------------------------------------------------------------
 
     async def join_store(self, address: str, namespace: str, store: str) -> None:
@@ -191,9 +212,18 @@ class Engine:
 
 
 class Scorer:
-    """What judge and policy replicas share: scoring the exact tokens of a reply, as teacher or reference."""
+    """What judge and policy replicas share: an engine's life, and scoring the exact tokens of a reply."""
 
     _engine: Engine
+
+    async def _adopt(self, engine: Engine) -> None:
+        """Live with this engine from now on, and end with it."""
+        self._engine = engine
+        self._watching = asyncio.create_task(engine.end_process_with_engine())
+
+    async def check_health(self) -> None:
+        """Asked by Serve, which replaces a replica whose engine generates nothing any more."""
+        await self._engine.generates()
 
     async def score_ids(self, prompt_ids: np.ndarray, completion_ids: np.ndarray, top: int) -> Scores:
         return await self._engine.score(prompt_ids.tolist(), completion_ids.tolist(), top)

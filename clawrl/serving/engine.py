@@ -66,10 +66,14 @@ class Engine:
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
     ) -> AsyncGenerator[Any, None]:
         """AsyncLLM.generate, with the version's cache salt and the capture's log-probabilities."""
+        from clawrl.serving.scheduler import KEEP_BACK
+
         recorder = self._recorders.pop(request_id, None)
         if recorder is not None:
-            self._captured[request_id] = recorder, sampling_params.logprobs is not None
+            shown = sampling_params.logprobs is not None
+            self._captured[request_id] = recorder, shown
             sampling_params.logprobs = max(sampling_params.logprobs or 0, self._support)
+            sampling_params.extra_args = {**(sampling_params.extra_args or {}), KEEP_BACK: not shown}
         prompt["cache_salt"] = f"{self._salt}{prompt.get('cache_salt') or ''}"
         self.streams += 1
         try:
@@ -296,6 +300,7 @@ async def start_engine(
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
+    from clawrl.serving.scheduler import CapturingScheduler
     from clawrl.serving.weight_transfer import BACKEND
 
     path = model_path(settings.model)
@@ -307,6 +312,7 @@ async def start_engine(
         tensor_parallel_size=max(1, int(settings.gpus_per_replica)),
         # On a CPU vLLM gives the one worker a process of its own, and both spin while they wait for each other. A class
         # is not overruled so; vLLM's reason, the OpenMP settings, are in the environment already.
+        scheduler_cls=CapturingScheduler,
         distributed_executor_backend=UniProcExecutor if settings.gpus_per_replica == 0 else None,
         gpu_memory_utilization=settings.gpu_memory_utilization,
         kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30) if settings.gpus_per_replica == 0 else None,

@@ -97,7 +97,7 @@ class System:
         url = config.journal.url
         if url == "sqlite":
             url = f"sqlite:///{self.run_directory / 'journal.sqlite'}"
-        journal = self._actor("journal", Journal, url)
+        journal = self._actor("journal", Journal, url, config.journal.keep_days)
         ray.get(journal.counts.remote())
         store = self._actor(
             "weights", WeightStore, config.versions, journal, str(self.run_directory), config.policy.model

@@ -222,7 +222,7 @@ class JournalStore(JournalReader):
         with self.database.writer.begin() as connection:
             schema = self._schema()  # again: another process may have migrated it before it let the lock go
             if schema == 0:
-                METADATA.create_all(connection)
+                METADATA.create_all(connection, checkfirst=False)
                 connection.execute(insert(META).values(name="schema", value=str(SCHEMA)))
             else:
                 migrate(connection, schema, SCHEMA)

@@ -1,4 +1,4 @@
-"""The journal as an actor, on both databases: durable when it returns, whoever dies; one commit for many; long polls that wake."""
+"""The journal as an actor on both databases: durable when it returns, whoever dies; long polls that wake."""
 
 import os
 import signal

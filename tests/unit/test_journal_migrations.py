@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from contextlib import closing
 
 import pytest
@@ -91,18 +92,23 @@ def old(url) -> str:
     return url
 
 
-def layout(url: str) -> dict[str, tuple]:
-    """Columns, indexes and keys of every table."""
+def layout(url: str) -> dict[str, set]:
+    """Columns, indexes and keys of all tables."""
     engine = create_engine(url)
     seen = inspect(engine)
-    found = {}
-    for name in sorted(seen.get_table_names()):
-        columns = {(each["name"], str(each["type"]), each["nullable"]) for each in seen.get_columns(name)}
-        indexes = {(tuple(map(str, each["column_names"])), bool(each["unique"])) for each in seen.get_indexes(name)}
-        indexes |= {(tuple(each["column_names"]), True) for each in seen.get_unique_constraints(name)}
-        keys = [(each["constrained_columns"], each["options"]) for each in seen.get_foreign_keys(name)]
-        found[name] = (columns, indexes, seen.get_pk_constraint(name)["constrained_columns"], keys)
+    found: defaultdict[str, set] = defaultdict(set)
+    for (_, name), columns in seen.get_multi_columns().items():
+        found[name] |= {(each["name"], str(each["type"]), each["nullable"]) for each in columns}
+    for (_, name), indexes in seen.get_multi_indexes().items():
+        found[name] |= {(*map(str, each["column_names"]), bool(each["unique"])) for each in indexes}
+    for (_, name), keys in seen.get_multi_unique_constraints().items():
+        found[name] |= {(*each["column_names"], True) for each in keys}
+    for (_, name), keys in seen.get_multi_foreign_keys().items():
+        found[name] |= {(*each["constrained_columns"], each["options"].get("ondelete")) for each in keys}
+    for (_, name), key in seen.get_multi_pk_constraint().items():
+        found[name].add(("primary", *key["constrained_columns"]))
     engine.dispose()
+    assert len(found) >= 10
     return found
 
 

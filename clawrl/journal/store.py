@@ -231,14 +231,14 @@ class JournalStore(JournalReader):
 
     def append(self, *records: Any) -> None:
         """Store records of any mix of types in one transaction; a record already there is left as it was."""
-        self._commit_alone(self.appending(*records))
+        self.write(self.appending(*records))
 
     def record_version(self, version: WeightVersion, event: VersionEvent | None) -> None:
         """Store a version, the consumption of its samples and its event in one transaction; a repetition is ignored.
 
         Raises JournalError if another version consumed one of the samples, or has the same number.
         """
-        self._commit_alone(self.recording(version, event))
+        self.write(self.recording(version, event))
 
     def appending(self, *records: Any) -> Write:
         """The write of records of any mix of types; JournalError if one is of no type the journal stores."""
@@ -309,7 +309,8 @@ class JournalStore(JournalReader):
             return error
         return None
 
-    def _commit_alone(self, write: Write) -> None:
+    def write(self, write: Write) -> None:
+        """Make one write durable, or raise."""
         [outcome] = self.commit([write])
         if outcome is not None:
             raise outcome
@@ -333,7 +334,7 @@ class JournalStore(JournalReader):
             for key in (NEXT_STATES.c.turn, JUDGEMENTS.c.turn, FEEDBACK.c.turn, SAMPLES.c.id, TURNS.c.id):
                 connection.execute(delete(key.table).where(key.in_(doomed)))
 
-        self._commit_alone(write)
+        self.write(write)
         return found[-1]["seq"]
 
     def shrink(self) -> None:

@@ -98,7 +98,9 @@ def _side_by_side(journals: dict[int, tuple[JournalStore, int]], turns: int) -> 
 
 def _round(store: JournalStore, first: int, number: int) -> dict[str, float]:
     """The work of `number` turns as gateway, collector and buffer give it to the journal, timed by part."""
-    spent = dict.fromkeys(("turn", "append", "open_turn and last_turn", "judging and training", "counts"), 0.0)
+    spent: dict[str, float] = dict.fromkeys(
+        ("turn", "append", "open_turn and last_turn", "judging and training", "counts"), 0.0
+    )
 
     def timed(what: str, act: Any, *arguments: Any) -> Any:
         started = time.perf_counter()

@@ -248,5 +248,5 @@ class TestPostgres:
     def test_errors_repeat_no_words_of_users(self, store):
         twice = "INSERT INTO meta VALUES ('secret', 'a'), ('secret', 'b')"
         with pytest.raises(JournalError) as caught:
-            store._commit_alone(lambda connection: connection.exec_driver_sql(twice))
+            store.write(lambda connection: connection.exec_driver_sql(twice))
         assert "secret" not in str(caught.value)

@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     memory = verbs.add_parser("memory", help="memory of the whole system while it serves, judges and trains")
     memory.add_argument("--seconds", type=float, default=60.0, help="how long to watch it (default: %(default)s)")
     journal = verbs.add_parser("journal", help="time per turn in a small journal and in a large one")
-    journal.add_argument("--url", help="an empty database, which is filled (default: a temporary SQLite file)")
+    journal.add_argument("--url", help="a PostgreSQL database (default: SQLite files)")
     journal.add_argument("--small", type=int, default=1000, help="turns of the small one (default: %(default)s)")
     journal.add_argument("--large", type=int, default=1_000_000, help="turns of the large one (default: %(default)s)")
     journal.add_argument("--turns", type=int, default=1000, help="turns measured at each size (default: %(default)s)")

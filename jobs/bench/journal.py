@@ -12,13 +12,15 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sqlalchemy import insert
+from sqlalchemy import create_engine, insert
+from sqlalchemy.schema import CreateSchema, DropSchema
 
+from clawrl.journal.database import parse_url, refusing
 from clawrl.journal.store import JournalStore
 from clawrl.journal.tables import CONSUMPTIONS, RECORD_TABLES
 from clawrl.types import Capture, Judgement, NextState, Sample, Turn, VersionSpan, WeightVersion
@@ -34,22 +36,15 @@ _CAPTURE = Capture(_TOKENS, _TOKENS, _TOP[:, 0], _TOP.astype(np.int32), _TOP, (V
 
 
 def measure(url: str | None, *, small: int, large: int, turns: int) -> tuple[list[Figure], dict[str, Any]]:
-    """Figures of a journal at `small` and at `large` turns, each the median over rounds of `turns` turns in all.
+    """Figures of a journal of `small` and one of `large` turns, each the median over rounds of `turns` turns in all.
 
-    Both are measured in turn, so that what else the machine does touches them alike. `url` names an empty database,
-    which is filled; None takes a temporary SQLite file. With PostgreSQL the two sizes are measured one after the other.
+    Both are measured in turn, so that what else the machine does touches them alike. They are temporary: two SQLite
+    files, or two schemas in the PostgreSQL database that `url` names.
     """
-    with _journal(url) as store:
-        if url is None:
-            with _journal(None) as beginning:
-                _fill(beginning, 0, small)
-                filled = _fill(store, 0, large)
-                times = _side_by_side({small: beginning, large: store}, turns)
-        else:
-            filled = _fill(store, 0, small)
-            times = _side_by_side({small: store}, turns)
-            filled += _fill(store, small, large)
-            times |= _side_by_side({large: store}, turns)
+    with _journal(url, "small") as beginning, _journal(url, "large") as store:
+        _fill(beginning, small)
+        filled = _fill(store, large)
+        times = _side_by_side({small: beginning, large: store}, turns)
         size = store.database.size()
     ours, before = times[large], times[small]
     figures = [
@@ -70,17 +65,25 @@ def measure(url: str | None, *, small: int, large: int, turns: int) -> tuple[lis
 
 
 @contextmanager
-def _journal(url: str | None) -> Iterator[JournalStore]:
-    if url is not None:
-        with closing(JournalStore(url)) as store:
-            yield store
-        return
-    Path("runs").mkdir(exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(prefix="bench-journal-", dir="runs") as folder,
-        closing(JournalStore(f"sqlite:///{Path(folder).resolve()}/journal.sqlite")) as store,
-    ):
-        yield store
+def _journal(url: str | None, name: str) -> Iterator[JournalStore]:
+    """An empty journal that is gone afterwards."""
+    with ExitStack() as stack:
+        if url is None:
+            Path("runs").mkdir(exist_ok=True)
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-journal-", dir="runs"))
+            url = f"sqlite:///{Path(folder).resolve()}/journal.sqlite"
+        else:
+            parsed, schema = parse_url(url), f"clawrl_bench_{name}"
+            engine = create_engine(parsed, isolation_level="AUTOCOMMIT")
+            stack.callback(engine.dispose)
+            drop = DropSchema(schema, cascade=True, if_exists=True)
+            with refusing(f"{parsed.render_as_string()} cannot be measured"):
+                connection = stack.enter_context(engine.connect())
+                connection.execute(drop)  # of a bench that was killed
+                connection.execute(CreateSchema(schema))
+            stack.callback(connection.execute, drop)
+            url = parsed.update_query_dict({"options": f"-csearch_path={schema}"}).render_as_string(hide_password=False)
+        yield stack.enter_context(closing(JournalStore(url)))
 
 
 def _side_by_side(journals: dict[int, JournalStore], turns: int) -> dict[int, dict[str, list[float]]]:
@@ -124,8 +127,8 @@ def _round(store: JournalStore, first: int, number: int) -> dict[str, float]:
     return spent
 
 
-def _fill(store: JournalStore, first: int, end: int) -> float:
-    """Rows of turns [first, end) with all that follows them, indexes made afterwards; the seconds it took."""
+def _fill(store: JournalStore, turns: int) -> float:
+    """Rows of so many turns with all that follows them, indexes made afterwards; the seconds it took."""
     started = time.perf_counter()
     encoded = {
         RECORD_TABLES[type(record)]: RECORD_TABLES[type(record)].encode(record)
@@ -135,22 +138,23 @@ def _fill(store: JournalStore, first: int, end: int) -> float:
     with store.database.writer.begin() as connection:
         for index in indexes:
             index.drop(connection)
-    for low in range(first, end, _CHUNK):
+    for low in range(0, turns, _CHUNK):
         with store.database.writer.begin() as connection:
             for records, row in encoded.items():
-                rows = [{**row, **_changed(records.record, number)} for number in range(low, min(low + _CHUNK, end))]
+                rows = [{**row, **_changed(records.record, number)} for number in range(low, min(low + _CHUNK, turns))]
                 connection.execute(insert(records.table), rows)
     with store.database.writer.begin() as connection:
         for index in indexes:
             index.create(connection)
-        for low in range(first, end, _CHUNK):
-            ids = [_id(number) for number in range(low, min(low + _CHUNK, end))]
+        for low in range(0, turns, _CHUNK):
+            ids = [_id(number) for number in range(low, min(low + _CHUNK, turns))]
             number = low + 1
             version = WeightVersion(number, None, "full", None, tuple(ids), {}, 0.0)
             connection.execute(insert(RECORD_TABLES[WeightVersion].table), RECORD_TABLES[WeightVersion].encode(version))
             connection.execute(insert(CONSUMPTIONS), [{"sample": id, "version": number} for id in ids])
-        if connection.dialect.name == "postgresql":
-            connection.exec_driver_sql("ANALYZE")  # as autovacuum would have done
+    if store.database.writer.dialect.name == "postgresql":  # what the server would do by itself, in time
+        with store.database.writer.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.exec_driver_sql("VACUUM ANALYZE")
     return time.perf_counter() - started
 
 

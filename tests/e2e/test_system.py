@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -61,8 +62,17 @@ def test_models_and_health(server: Server):
 
 
 def test_streaming_is_real(server: Server):
-    started = time.perf_counter()
-    arrivals = []
+    """The first chunks come long before the last; the very first reply of a system is not asked, it wakes everybody."""
+    for _ in range(2):
+        arrivals, num_tokens = stream_arrivals(server)
+    assert num_tokens == 400
+    assert len(arrivals) > 20
+    assert arrivals[-1] - arrivals[0] > 0.2 * arrivals[-1], "the reply came in one piece"
+
+
+def stream_arrivals(server: Server) -> tuple[list[float], int]:
+    """Seconds from the request to each chunk of a reply of 400 tokens, and how many tokens it says it has."""
+    started, arrivals, num_tokens = time.perf_counter(), [], 0
     stream = server.client().chat.completions.create(
         model="clawrl",
         messages=QUESTION,  # type: ignore[arg-type]
@@ -72,14 +82,11 @@ def test_streaming_is_real(server: Server):
         extra_body={"ignore_eos": True},
         extra_headers={"X-Turn-Type": "side"},
     )
-    usage = None
     for chunk in stream:
         arrivals.append(time.perf_counter() - started)
-        usage = chunk.usage or usage
-    assert usage is not None
-    assert usage.completion_tokens == 400
-    assert len(arrivals) > 20
-    assert arrivals[-1] - arrivals[0] > 0.2 * arrivals[-1], "the reply came in one piece"
+        if chunk.usage is not None:
+            num_tokens = chunk.usage.completion_tokens
+    return arrivals, num_tokens
 
 
 def test_the_journal_holds_what_the_engine_sampled(server: Server):
@@ -146,6 +153,40 @@ def test_tools_reach_the_template_and_calls_come_back_parsed(server: Server):
     assert turn is not None
     assert turn.reply["tool_calls"][0]["function"]["name"] == "calc"
     assert turn.tools == (TOOL,)
+
+
+def test_a_request_sent_twice_is_one_turn(server: Server):
+    """What OpenAI's SDKs send again after a broken connection gets the recorded reply, streamed or not."""
+    before = server.status()["journal"]["turns"]
+    asked: Any = {"model": "clawrl", "messages": [{"role": "user", "content": "Sent twice: what is 7 + 8?"}]}
+    client = server.client().chat.completions
+    first = client.create(**asked)
+    again = client.create(**asked, extra_headers={"x-stainless-retry-count": "1"})
+    assert (again.id, again.choices[0].message.content) == (first.id, first.choices[0].message.content)
+    streamed = list(client.create(**asked, stream=True, extra_headers={"x-stainless-retry-count": "2"}))
+    said = "".join(chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices)
+    assert ({chunk.id for chunk in streamed}, said) == ({first.id}, first.choices[0].message.content)
+    assert server.status()["journal"]["turns"] == before + 1
+    assert client.create(**asked).id != first.id, "without a sign of a retry it is a wish for another reply"
+
+
+async def test_an_idempotency_key_names_one_turn(server: Server):
+    client = server.async_client().chat.completions
+    asked: Any = {"model": "clawrl", "extra_headers": {"Idempotency-Key": "order-66"}}
+    messages: Any = [{"role": "user", "content": "With a key: what is 20 + 3?"}]
+    replies = await asyncio.gather(*(client.create(messages=messages, **asked) for _ in range(3)))
+    assert len({reply.id for reply in replies}) == 1
+    with pytest.raises(openai.UnprocessableEntityError, match="another request"):
+        await client.create(messages=[{"role": "user", "content": "Something else"}], **asked)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_ends_its_generation(server: Server, stream: bool):
+    body = {"messages": QUESTION, "stream": stream, "max_tokens": 1900, "ignore_eos": True}
+    url = f"{server.url}/v1/chat/completions"
+    with suppress(httpx.ReadTimeout), httpx.stream("POST", url, json=body, timeout=0.5) as response:
+        next(response.iter_bytes())
+    server.wait_for("the engine to be idle", lambda: server.status()["policy"]["streams"] == 0, timeout_s=5)
 
 
 @pytest.mark.parametrize(

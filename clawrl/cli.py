@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from clawrl.commands import journal
 from clawrl.config import load_config
 from clawrl.errors import ClawrlError, ConfigError
 from clawrl.observe import set_up_logging
@@ -47,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_url(status)
     status.add_argument("--json", action="store_true", help="print what /status says as it is")
     status.set_defaults(run=_status)
+    journal.add(commands)
     return parser
 
 

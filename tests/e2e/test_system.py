@@ -320,6 +320,7 @@ def test_no_sample_is_consumed_twice(server: Server):
         (["policy.model=/no/such/folder", "judge.model=/no/such/folder"], "/no/such/folder"),
         (["--config", "/no/such.toml"], "/no/such.toml"),
         (["run_root=/proc/nothing"], "/proc/nothing"),
+        (["journal.url=postgresql://u:p@127.0.0.1:9/d"], "start PostgreSQL, or correct host and port in journal.url"),
     ],
 )
 def test_a_config_that_cannot_work_is_one_clear_line(arguments: list[str], message: str):

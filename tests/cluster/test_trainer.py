@@ -31,7 +31,7 @@ from clawrl.training.learner import Learner
 from clawrl.training.resume import TrainerCheckpoints
 from clawrl.training.trainer import TrainLoop, canary_sequences, run_trainer
 from clawrl.training.weights import WeightStore
-from clawrl.types import Bucket, Distillation, Sample, WeightVersion
+from clawrl.types import Bucket, Distillation, Sample, Swap, WeightVersion
 
 pytestmark = pytest.mark.cluster
 
@@ -291,6 +291,7 @@ def run(cluster, tmp_path_factory) -> Run:
     wait_gone("RayTrainWorker")
     second.give(5, 5)
     second.wait_for(6)
+    get(second.store.report.remote(Swap(4, "replica", 1.0, 0.0, 1.0, 0.0)))  # it served once
     get(second.store.rollback.remote(4))
     second.give(6, 4)
     second.wait_for(7)

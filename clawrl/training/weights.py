@@ -194,8 +194,9 @@ class WeightStore:
         All newer versions are rejected, for good; what they learnt from stays consumed, and a step that is in work is
         refused and its batch trained again. Raises WeightSyncError if the version cannot serve.
         """
+        _require("number", number, int | None)
+        _require("reason", reason, str | None)
         registry = await self._known()
-        _require_number(number)
         async with self._removing:  # its checkpoint stays while it is looked at
             target = number if number is not None else registry.parent(registry.serving or 0)
             if target is not None and registry.state(target) == "retired":
@@ -207,8 +208,9 @@ class WeightStore:
 
     async def pin(self, number: int, pinned: bool = True) -> dict[str, Any]:
         """Keep a version's checkpoint for good, or no longer. Raises WeightSyncError if it is gone or damaged."""
+        _require("number", number, int)
+        _require("pinned", pinned, bool)
         registry = await self._known()
-        _require_number(number)
         registry.state(number)
         async with self._removing:
             if pinned:
@@ -219,6 +221,7 @@ class WeightStore:
 
     async def versions(self, last: int | None = None) -> list[dict[str, Any]]:
         """What is known of each version, or of the `last` ones, oldest first."""
+        _require("last", last, int | None)
         entries, _ = await self._told(await self._known())
         return entries if last is None else entries[max(0, len(entries) - last) :]
 
@@ -226,7 +229,7 @@ class WeightStore:
         """Two versions side by side, and which turns made the difference: ids, never what was said."""
         registry = await self._known()
         for number in (one, other):
-            _require_number(number)
+            _require("number", number, int)
             registry.state(number)
         entries, records = await self._told(registry)
         between = apart(registry, one, other)
@@ -237,8 +240,9 @@ class WeightStore:
 
     async def export(self, number: int, folder: str) -> dict[str, Any]:
         """Copy a version as a plain Hugging Face folder on this actor's machine; nothing is overwritten."""
+        _require("number", number, int)
+        _require("folder", folder, str)
         registry = await self._known()
-        _require_number(number)
         registry.state(number)
         async with self._removing:
             await self._require_checkpoint(number)
@@ -430,7 +434,7 @@ def _remove_others(folder: Path, stay: set[int | None]) -> None:
             shutil.rmtree(folder / str(number), ignore_errors=True)
 
 
-def _require_number(number: Any) -> None:
-    """Acts come from outside: JSON holds more than whole numbers."""
-    if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
-        raise WeightSyncError(f"version {number!r} is not a whole number")
+def _require(name: str, value: Any, kind: Any) -> None:
+    """Acts come from outside, where JSON holds anything. Raises WeightSyncError for a value of another type."""
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise WeightSyncError(f"{name}={value!r} is not of type {getattr(kind, '__name__', kind)}")

@@ -292,6 +292,7 @@ def run(cluster, tmp_path_factory) -> Run:
     second.give(5, 5)
     second.wait_for(6)
     get(second.store.report.remote(Swap(4, "replica", 1.0, 0.0, 1.0, 0.0)))  # it served once
+    get([second.store.pin.remote(number) for number in (5, 6)])  # their weights are compared below
     get(second.store.rollback.remote(4))
     second.give(6, 4)
     second.wait_for(7)

@@ -28,7 +28,7 @@ from clawrl.journal.tables import (
     VERSIONS,
     RecordTable,
 )
-from clawrl.types import NextState, Sample, Swap, Turn, VersionEvent, WeightVersion
+from clawrl.types import GateDecision, Judgement, NextState, Sample, Swap, Turn, VersionEvent, WeightVersion
 
 Write = Callable[[Connection], None]
 """One caller's rows, written all or none, in a transaction that others may share."""
@@ -185,15 +185,39 @@ class JournalStore:
         return [(row[NEXT_STATES.c.seq], TURNS.decode(row), NEXT_STATES.decode(row)) for row in self._rows(query)]
 
     def samples_to_train(self, after: int, limit: int) -> list[tuple[int, Sample]]:
-        """Samples that no version consumed, in the order of seq, beyond `after`."""
+        """Samples that no version consumed and that are not held out, in the order of seq, beyond `after`."""
         query = (
             select(SAMPLES.table)
             .outerjoin(CONSUMPTIONS, CONSUMPTIONS.c.sample == SAMPLES.c.id)
-            .where(SAMPLES.c.seq > after, CONSUMPTIONS.c.version.is_(None))
+            .where(SAMPLES.c.seq > after, CONSUMPTIONS.c.version.is_(None), SAMPLES.c.held_out.is_(False))
             .order_by(SAMPLES.c.seq)
             .limit(limit)
         )
         return [(row[SAMPLES.c.seq], SAMPLES.decode(row)) for row in self._rows(query)]
+
+    def held_out(self, limit: int) -> list[tuple[Sample, int | None]]:
+        """The newest held-out samples, newest first, and how their turns were judged."""
+        query = (
+            select(SAMPLES.table, JUDGEMENTS.c.score)
+            .join(JUDGEMENTS.table, JUDGEMENTS.c.turn == SAMPLES.c.id)
+            .where(SAMPLES.c.held_out.is_(True))
+            .order_by(SAMPLES.c.seq.desc())
+            .limit(limit)
+        )
+        return [(SAMPLES.decode(row), row[JUDGEMENTS.c.score]) for row in self._rows(query)]
+
+    def judged_turns(self, after: int | None, limit: int) -> list[tuple[int, Turn, Judgement]]:
+        """People's turns with their judgements in the order of the latter's seq: beyond `after`, or the newest."""
+        query = select(JUDGEMENTS.table, TURNS.table).join(TURNS.table, TURNS.c.id == JUDGEMENTS.c.turn)
+        query = query.where(TURNS.c.source == "chat").limit(limit)
+        if after is None:
+            rows = self._rows(query.order_by(JUDGEMENTS.c.seq.desc()))[::-1]
+        else:
+            rows = self._rows(query.where(JUDGEMENTS.c.seq > after).order_by(JUDGEMENTS.c.seq))
+        return [(row[JUDGEMENTS.c.seq], TURNS.decode(row), JUDGEMENTS.decode(row)) for row in rows]
+
+    def decisions(self) -> list[GateDecision]:
+        return self._all(GateDecision)
 
     def recent_scores(self, user: str, limit: int) -> list[int]:
         """Scores of the user's newest judged turns in the order they were judged; abstentions have none."""
@@ -229,6 +253,7 @@ class JournalStore:
             number(JUDGEMENTS.table, JUDGEMENTS.c.score.is_(None)).label("abstentions"),
             number(JUDGEMENTS.table, JUDGEMENTS.c.hints != "[]").label("hints"),
             number(SAMPLES.table).label("samples"),
+            number(SAMPLES.table, SAMPLES.c.held_out.is_(True)).label("held_out"),
             number(CONSUMPTIONS).label("consumed"),
             number(VERSIONS.table).label("versions"),
             number(SWAPS.table).label("swaps"),

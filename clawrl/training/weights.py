@@ -28,7 +28,7 @@ from clawrl.errors import WeightSyncError
 from clawrl.observe import metric
 from clawrl.training.checkpoint import model_folder, read_buckets, read_canary, write_canary, write_checkpoint
 from clawrl.training.versions import Registry, canary_distance, canary_verdict
-from clawrl.types import Bucket, Canary, Publication, Swap, VersionEvent, WeightVersion
+from clawrl.types import Bucket, Canary, GateDecision, Publication, Swap, VersionEvent, WeightVersion
 
 logger = logging.getLogger(__name__)
 
@@ -89,12 +89,16 @@ class WeightStore:
         self._canaries[number] = canary
         await asyncio.to_thread(write_canary, self._folder / str(number), canary)
 
-    async def offer(self, version: WeightVersion, num_buckets: int, canary: Canary) -> bool:
+    async def offer(
+        self, version: WeightVersion, num_buckets: int, canary: Canary, decision: GateDecision | None = None
+    ) -> bool:
         """Take the held buckets as a version: on disk, then in the journal, then desired. Offered again, it is known.
 
         In this order a version in the journal always has its checkpoint, and no replica serves one that a crash
         could make number anew. False: the parent was rejected meanwhile, nothing is recorded, and the batch is to be
-        trained again from the new head. Raises WeightSyncError if buckets are missing or the number is not the next.
+        trained again from the new head. A version that did not pass the gate is recorded as rejected, with what it
+        consumed, and its weights are not kept. Raises WeightSyncError if buckets are missing or the number is not
+        the next.
         """
         registry = await self._known()
         async with self._offering:
@@ -103,6 +107,11 @@ class WeightStore:
             if version.parent is not None and registry.state(version.parent) == "rejected":
                 self._held.pop(version.number, None)
                 return False
+            if decision is not None:
+                await self._journal.append.remote(decision)
+                if not decision.passed:
+                    await self._refuse(registry, version, decision)
+                    return True
             held = self._held.get(version.number, {})
             if sorted(held) != list(range(num_buckets)):
                 raise WeightSyncError(f"version {version.number} has buckets {sorted(held)} of {num_buckets}; hold all")
@@ -119,6 +128,39 @@ class WeightStore:
         await self._forget_old(registry)
         await self._wake()
         return True
+
+    async def _refuse(self, registry: Registry, version: WeightVersion, decision: GateDecision) -> None:
+        """Record a version that the gate stopped: never desired, its samples consumed, training back at its parent."""
+        entered = registry.candidate(version.number, version.parent, decision.at)
+        rejected = replace(entered, state="rejected", reason=f"gate: {decision.reason}")
+        await self._journal.record_version.remote(version, rejected)
+        registry.add(rejected, version.parent)
+        self._held.pop(version.number, None)
+        self._last_step = version.metrics
+        metric("versions/gate_rejections_num").inc()
+        logger.warning("event=gate_rejects version=%d reason=%r", version.number, decision.reason)
+
+    async def withdraw(self, decision: GateDecision) -> None:
+        """Record what the watch found; a failed decision rejects its version and all that was trained from it.
+
+        Back goes as far as weights are kept: if the version's parent is gone from the disk, to the oldest of its
+        successors that is not. Then `versions.keep` was too small for this.
+        """
+        registry = await self._known()
+        events: list[VersionEvent] = []
+        if not decision.passed and registry.state(decision.version) != "rejected":
+            line = [number for number in sorted(registry.states()) if registry.parent(number) is not None]
+            for number in line[line.index(decision.version) :]:
+                parent = registry.parent(number)
+                kept = parent == 0 or parent in self._held or (self._folder / str(parent)).is_dir()
+                if kept and registry.state(number) != "rejected":
+                    events = registry.reject(number, f"watch: {decision.reason}", decision.at)
+                    break
+            else:
+                logger.error("event=no_way_back version=%d remedy='raise versions.keep'", decision.version)
+        metric("versions/rollbacks_num").inc(float(bool(events)))
+        await self._journal.append.remote(decision, *events)
+        await self._wake()
 
     # --- the replicas' side ---
 

@@ -302,6 +302,7 @@ class TestLookUps:
             "abstentions": 1,
             "hints": 1,
             "samples": 2,
+            "held_out": 0,
             "consumed": 1,
             "versions": 2,
             "swaps": 1,

@@ -177,7 +177,7 @@ async def measure(client: openai.AsyncOpenAI, config: Config) -> Evaluation:
 async def converse(
     client: openai.AsyncOpenAI, config: Config, numbers: Iterable[int], watch: Watch, screen: Screen
 ) -> list[Conversation]:
-    """Conversations of these numbers, at most `concurrency` at a time; none begins while judge or trainer are far behind.
+    """Conversations of these numbers, at most `concurrency` at a time; none begins while judge or trainer is behind.
 
     The person behind them is one account with one taste. They are in no hurry: what they say is worth little to a
     trainer that comes to it many versions later.

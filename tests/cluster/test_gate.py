@@ -83,13 +83,13 @@ def test_an_inspection_sees_the_step_between_begin_and_end(learner):
     evidence = inspection.end(1, metrics["update_norm"])
     assert evidence.finite
     assert 0 < evidence.update < 0.1
-    for turn in evidence.turns:
-        np.testing.assert_allclose(turn.behaviour, turn.parent, atol=1e-4)
-        assert np.abs(turn.candidate - turn.parent).max() > 1e-4
-    before = [turn.candidate for turn in evidence.turns]
+    for each in evidence.turns:
+        np.testing.assert_allclose(each.behaviour, each.parent, atol=1e-4)
+        assert np.abs(each.candidate - each.parent).max() > 1e-4
+    before = [each.candidate for each in evidence.turns]
     inspection.begin(1, held_out[:2])
     evidence = inspection.end(2, 0.0)
-    assert [np.array_equal(turn.parent, old) for turn, old in zip(evidence.turns, before, strict=False)] == [True] * 2
+    assert [np.array_equal(each.parent, old) for each, old in zip(evidence.turns, before, strict=False)] == [True] * 2
     with torch.no_grad():
         next(iter(learner._parameters.values())).fill_(float("nan"))
     inspection.begin(2, held_out)

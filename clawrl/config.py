@@ -169,9 +169,9 @@ class GateSection(Section):
     max_kl: float = Field(default=0.1, gt=0, description="From the parent, nats per token.")
     max_reference_kl: float = Field(default=1.0, gt=0, description="From version 0, nats per token.")
     max_approved_loss: float = Field(
-        default=0.05, gt=0, description="Probability that approved tokens lose in a step, of what was left open."
+        default=0.07, gt=0, description="Probability that approved tokens lose in a step, of what was left open."
     )
-    max_approved_loss_recent: float = Field(default=0.1, gt=0, description="The same, since the turn was sampled.")
+    max_approved_loss_recent: float = Field(default=0.15, gt=0, description="The same, since the turn was sampled.")
     max_length_ratio: float = Field(default=2.0, gt=1, description="Replies this much longer or shorter are refused.")
     max_repetition: float = Field(default=0.2, gt=0, le=1, description="Rise of the share of repeated 4-grams.")
     tolerance: float = Field(default=0.1, ge=0, description="Fall of the mean score (on -1..1) that is let pass.")

@@ -34,9 +34,14 @@ from jobs.demo import Screen, Watch, Wire, converse, innermost, measure, measure
 from jobs.report import BLUE, GREEN, GREY, FirstReply, change_interval, rolling, share_interval
 
 POISONED_UPDATES = 5
-MIN_GAIN, MAX_LOSS = 0.3, 0.05
+MIN_GAIN, MAX_LOSS = 0.2, 0.05
 SETTINGS = ("gate.held_out_share=0.2", "versions.keep=20", "chat.evaluation_problems=300")
 """A run of minutes has few turns: more of them are held out, and the way back may be longer than the kept versions."""
+CONVERSATIONS = {
+    "poisoned": ["chat.conversations=640"],
+    "honest": ["chat.conversations=360"],
+    "reckless": ["chat.conversations=340"],
+}
 RED = "#b3261e"
 
 
@@ -105,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     set_up_logging(logging.ERROR)
     try:
-        options.overrides = [*SETTINGS, *options.overrides]
+        options.overrides = [*SETTINGS, *CONVERSATIONS[options.demonstration], *options.overrides]
         outcomes, shortcomings = DEMONSTRATIONS[options.demonstration](config_of(options), options.seeds)
     except (KeyboardInterrupt, SystemExit):
         print("clawrl: interrupted; everything is stopped", file=sys.stderr)
@@ -227,16 +232,17 @@ async def _talk(stage: Stage) -> None:
 
 
 async def _poison_later(stage: Stage) -> None:
-    """Half of the conversations as they are, then poison for 5 updates' worth of samples among the other half."""
+    """Three fifths of the conversations as they are, then poison for 5 updates' worth of samples among the rest."""
     number = stage.config.chat.conversations
-    await stage.talk(range(number // 2))
+    healthy = number * 3 // 5
+    await stage.talk(range(healthy))
     await stage.drain()
     await stage.measure("before the poison")
     samples = POISONED_UPDATES * stage.config.buffer.batch_size
     stage.marks["poison"] = len(stage.screen.first_replies)
     stage.screen.say(f"turning the sign of the next {samples} samples")
     await stage.system.actors["collector"].poison.remote(samples)
-    await stage.talk(range(number // 2, number))
+    await stage.talk(range(healthy, number))
     await stage.drain()
 
 

@@ -75,7 +75,7 @@ class TestDecision:
     def test_the_reason_names_what_failed(self):
         reason = decision(*turns(-0.3, -0.3)).reason
         assert "approved_loss 0.518" in reason
-        assert "at most 0.05" in reason
+        assert "at most 0.07" in reason
 
     def test_the_same_evidence_gives_the_same_decision(self):
         rng = np.random.default_rng(0)
@@ -107,14 +107,14 @@ class TestApprovedLoss:
     def test_one_ruined_reply_among_many_is_within_noise(self):
         one_bad = [turn(1, -3.0), *(turn(1, 0.0) for _ in range(2 * NUM))]
         found = check("approved_loss", *one_bad)
-        assert found.value > 0.05
+        assert found.value > SETTINGS.max_approved_loss
         assert found.passed
 
     def test_small_steps_add_up_against_the_version_that_spoke(self):
         """This step takes little, but since the replies were sampled much is gone."""
-        slow = [turn(1, -0.01, behaviour=np.full(2, np.log(0.7))) for _ in range(NUM)]
+        slow = [turn(1, -0.01, behaviour=np.full(2, np.log(0.8))) for _ in range(NUM)]
         assert failed(*slow) == {"approved_loss_recent"}
-        long_ago = [turn(1, -0.01, behaviour=np.full(2, np.log(0.7)), version=1) for _ in range(NUM)]
+        long_ago = [turn(1, -0.01, behaviour=np.full(2, np.log(0.8)), version=1) for _ in range(NUM)]
         assert failed(*long_ago) == set()
 
 

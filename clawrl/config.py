@@ -190,7 +190,11 @@ class ChatSection(Section):
 
 
 class Config(Section):
-    run_root: str = Field(default="runs", description="Each run makes a folder of its own here.")
+    run_root: str = Field(default="runs", description="Each run has a folder of its own here.")
+    run: str = Field(
+        default="latest",
+        description="`latest` goes on with the newest run, `new` begins one, else a run's folder name.",
+    )
     gateway: GatewaySection = GatewaySection()
     journal: JournalSection = JournalSection()
     policy: PolicySection = PolicySection()

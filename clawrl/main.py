@@ -7,6 +7,7 @@ Knows every component's constructor and share of the machine; nothing else does.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -15,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import ray
 from ray import serve
@@ -23,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from clawrl import observe
 from clawrl.config import Config, model_path
-from clawrl.errors import ClawrlError, ConfigError
+from clawrl.errors import ConfigError
 from clawrl.journal.actor import Journal
 from clawrl.rollout.collector import Collector
 from clawrl.serving import app
@@ -53,6 +54,7 @@ _QUIET = {
 _FAST_SERVE = {  # one thread and one loop per replica: a chunk on its way to a client wakes nobody else
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
 }
 _QUIET_SERVE = {"log_level": "WARNING", "enable_access_log": False}
 
@@ -70,6 +72,7 @@ class System:
         self.actors: dict[str, Any] = {}
         self.training: Any = None  # reference to the trainer's end
         self._owns_ray = owns_ray
+        self._lock: TextIO | None = None
 
     @classmethod
     def start(cls, config: Config, say: Callable[[str], None] = lambda line: None) -> System:
@@ -79,15 +82,11 @@ class System:
         that was started is stopped again.
         """
         check(config)
-        try:
-            run_directory = observe.new_run_directory(config.run_root)
-        except OSError as error:
-            raise ConfigError(
-                f"run_root={config.run_root!r} cannot be written: {error.strerror}; choose another"
-            ) from error
+        run_directory, lock = open_run(config)
         say("starting Ray")
         owns_ray = join_ray()
         system = cls(config, run_directory, owns_ray)
+        system._lock = lock
         try:
             system._start_components(say)
         except BaseException:
@@ -102,7 +101,13 @@ class System:
         if url == "sqlite":
             url = f"sqlite:///{self.run_directory / 'journal.sqlite'}"
         journal = self._actor("journal", Journal, url)
-        ray.get(journal.counts.remote())
+        counts: dict[str, int] = ray.get(journal.counts.remote())
+        known = counts["versions"]
+        if known and not (self.run_directory / "versions").is_dir():
+            raise ConfigError(
+                f"journal.url holds {known} versions of another run, whose weights are not in {self.run_directory}; "
+                "set run to that run's folder, or name an empty database"
+            )
         store = self._actor(
             "weights", WeightStore, config.versions, journal, str(self.run_directory), config.policy.model
         )
@@ -130,7 +135,7 @@ class System:
         self.training = trainer.options(
             name=f"{NAMESPACE}-trainer",
             num_cpus=0,
-            max_retries=0,
+            max_retries=-1,
             scheduling_strategy=_here(),
             # Ray Train's actors ask Ray's state API, which must know which of several clusters is meant
             runtime_env={"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}},
@@ -162,6 +167,8 @@ class System:
             worker.start()
             worker.join(STOP_S)
             ray.shutdown()
+        if self._lock is not None:
+            self._lock.close()
 
     def _close(self, deadline: float) -> None:
         """The order matters: no new samples, then no new versions, then the log."""
@@ -207,6 +214,34 @@ def check(config: Config) -> None:
         )
 
 
+def open_run(config: Config) -> tuple[Path, TextIO]:
+    """The run's folder, new or continued, and the lock on it. Raises ConfigError if it cannot be had."""
+    try:
+        folder = observe.open_run(config.run_root, config.run)
+        lock = observe.lock_run(folder)
+    except BlockingIOError:
+        raise ConfigError(
+            f"run {folder.name} under run_root={config.run_root!r} is in use by another clawrl; stop it or set run=new"
+        ) from None
+    except FileNotFoundError as error:
+        raise ConfigError(f"run={config.run!r}: {error.filename} does not exist; set run=new or run=latest") from error
+    except OSError as error:
+        raise ConfigError(
+            f"run_root={config.run_root!r} cannot be written: {error.strerror}; choose another"
+        ) from error
+    about = folder / "run.json"
+    if not about.exists():
+        about.write_text(json.dumps({"model": config.policy.model}) + "\n")
+    began_with = json.loads(about.read_text())["model"]
+    if began_with != config.policy.model:
+        lock.close()
+        raise ConfigError(
+            f"run {folder.name} began with policy.model={began_with!r} and its versions are trained from it; "
+            f"set run=new for {config.policy.model!r}"
+        )
+    return folder, lock
+
+
 def join_ray() -> bool:
     """Connect to the cluster named by RAY_ADDRESS, or start one on this machine; true if it was started here."""
     os.environ.update({key: value for key, value in _QUIET.items() if key not in os.environ})
@@ -231,7 +266,7 @@ def start_serve() -> None:
 
 
 def serve_until_stopped(config: Config, say: Callable[[str], None]) -> None:
-    """`clawrl serve`: start, then wait for Ctrl-C or SIGTERM, or for the trainer to fail for good."""
+    """`clawrl serve`: start, then wait for Ctrl-C or SIGTERM. Chat goes on even if the trainer has failed for good."""
     stopped = threading.Event()
     _on_signals(stopped.set)
     system = System.start(config, say)
@@ -239,12 +274,22 @@ def serve_until_stopped(config: Config, say: Callable[[str], None]) -> None:
         while not stopped.wait(0.5):
             done, _ = ray.wait([system.training], timeout=0)
             if done:
-                ray.get(done)  # raises what ended it
-                raise ClawrlError("the trainer ended by itself; see the run directory's logs")
+                say(f"training has ended ({_reason(done[0])}); chat goes on without it, start again to train")
+                stopped.wait()
     finally:
         say("stopping")
         system.stop()
         say("stopped")
+
+
+def _reason(ended: Any) -> str:
+    """What ended the trainer, on one line."""
+    try:
+        ray.get(ended)
+    except Exception as error:
+        cause = getattr(error, "cause", None) or error
+        return f"{type(cause).__name__}: {next(iter(str(cause).splitlines()), '')}"
+    return "its buffer was closed"
 
 
 def _on_signals(stop: Callable[[], None]) -> None:

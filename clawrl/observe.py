@@ -6,6 +6,7 @@ Knows every metric clawrl exports (`METRICS`) and where a run writes. Ignores wh
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import sys
 import time
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 METRICS: dict[str, tuple[str, str]] = {
     "gateway/requests_num": ("counter", "Requests answered, failed ones included."),
@@ -71,6 +72,35 @@ def set_up_logging(level: int = logging.INFO) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
+def open_run(root: str | Path, run: str) -> Path:
+    """The folder of a run: `new` makes one, `latest` is the newest or the first, anything else a folder's name.
+
+    Raises OSError as the file system gives it; FileNotFoundError for a named run that is not there.
+    """
+    root = Path(root).resolve()
+    if run == "new" or (run == "latest" and not (root / "latest").exists()):
+        return new_run_directory(root)
+    folder = (root / run).resolve()
+    if not folder.is_dir():
+        raise FileNotFoundError(2, "no such run", str(folder))
+    _point_latest(root, folder)
+    return folder
+
+
+def lock_run(folder: Path) -> TextIO:
+    """Hold a run for this process: the lock ends when the file is closed or the process does, however it ends.
+
+    Raises BlockingIOError if another process holds it.
+    """
+    held = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        held.close()
+        raise
+    return held
+
+
 def new_run_directory(root: str | Path) -> Path:
     """Make `root/<UTC time>` (with a suffix if taken) and point `root/latest` at it.
 
@@ -88,7 +118,12 @@ def new_run_directory(root: str | Path) -> Path:
         break
     else:
         raise FileExistsError(f"{root} has a hundred runs named {stamp}")
-    latest, fresh = root / "latest", root / f".latest-{folder.name}"
-    fresh.symlink_to(folder.name)
-    fresh.replace(latest)
+    _point_latest(root, folder)
     return folder
+
+
+def _point_latest(root: Path, folder: Path) -> None:
+    fresh = root / f".latest-{folder.name}"
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(folder.relative_to(root) if folder.is_relative_to(root) else folder)
+    fresh.replace(root / "latest")

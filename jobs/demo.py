@@ -62,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.seed is not None:
             options.overrides += [f"chat.seed={options.seed}", f"trainer.seed={options.seed}"]
+        options.overrides.insert(0, "run=new")  # a demonstration begins with the model as it is
         result = _run(config_of(options), screen)
     except (KeyboardInterrupt, SystemExit):
         print("clawrl: interrupted; everything is stopped", file=sys.stderr)

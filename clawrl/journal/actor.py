@@ -72,6 +72,14 @@ class Journal:
         """(id, session, index, conversation) of the newest main turn of a session."""
         return await self._read(self._store.last_turn, user, session)
 
+    async def keyed_turn(self, key: str) -> Turn | None:
+        """The turn with this idempotency key."""
+        return await self._read(self._store.keyed_turn, key)
+
+    async def repeated_turn(self, user: str, request: str, since: float) -> Turn | None:
+        """The user's newest turn started since then whose request had this digest, if nothing has followed it yet."""
+        return await self._read(self._store.repeated_turn, user, request, since)
+
     async def pairs_to_judge(self, after: int, limit: int, timeout_s: float) -> list[tuple[int, Turn, NextState]]:
         """Unjudged main turns and what followed, with the next state's seq (> after); [] after `timeout_s`."""
         return await self._poll(NextState, timeout_s, self._store.pairs_to_judge, after, limit)

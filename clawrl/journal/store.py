@@ -168,6 +168,24 @@ class JournalStore:
         query = select(TURNS.c.id, TURNS.c.session, TURNS.c.index, TURNS.c.conversation)
         return self._newest_main_turn(query.where(TURNS.c.user == user, TURNS.c.session == session))
 
+    def keyed_turn(self, key: str) -> Turn | None:
+        """The turn with this idempotency key."""
+        rows = self._rows(select(TURNS.table).where(TURNS.c.key == key))
+        return TURNS.decode(rows[0]) if rows else None
+
+    def repeated_turn(self, user: str, request: str, since: float) -> Turn | None:
+        """The user's newest turn started since then whose request had this digest, if nothing has followed it yet."""
+        query = (
+            select(TURNS.table)
+            .outerjoin(NEXT_STATES.table, NEXT_STATES.c.turn == TURNS.c.id)
+            .where(TURNS.c.user == user, TURNS.c.request == request, TURNS.c.started >= since)
+            .where(NEXT_STATES.c.seq.is_(None))
+            .order_by(TURNS.c.seq.desc())
+            .limit(1)
+        )
+        rows = self._rows(query)
+        return TURNS.decode(rows[0]) if rows else None
+
     def _newest_main_turn(self, query: Select) -> Any:
         rows = self._rows(query.where(TURNS.c.kind == "main").order_by(TURNS.c.seq.desc()).limit(1))
         return tuple(rows[0].values()) if rows else None

@@ -21,12 +21,14 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from ray.exceptions import RayActorError
 
 from clawrl.config import GatewaySection, PolicySection
 from clawrl.errors import ClawrlError, GatewayError
 from clawrl.observe import metric
+from clawrl.serving import replay
 from clawrl.serving.capture import Finished, Refused, ReplyAssembler, reply_message
-from clawrl.serving.listener import ClientGone, Listener, Slots, while_connected
+from clawrl.serving.listener import ClientGone, InTurn, Listener, Slots, while_connected
 from clawrl.serving.sessions import Identity, continuation, digest, identify
 from clawrl.types import Message, NextState, Turn
 
@@ -35,6 +37,11 @@ log = logging.getLogger(__name__)
 ROLES = ("system", "developer", "user", "assistant", "tool")
 CHAT = "/v1/chat/completions"
 DONE = "data: [DONE]\n\n"
+HELD_S = 300.0
+"""How long a request is held while no policy replica lives to answer it."""
+EVENT_STREAM, NO_CACHE = "text/event-stream", {"cache-control": "no-cache"}
+RETRY_WINDOW_S = 1800.0
+"""How long after a reply the same request, marked as a client's retry, is taken for the same turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +95,7 @@ class Gateway:
         api.get("/status")(self.status)
         api.get("/v1/models")(self.models)
         api.post(CHAT)(self.chat_completions)
-        return Slots(api, frozenset([CHAT]), self._settings.max_concurrent_requests)
+        return InTurn(Slots(api, frozenset([CHAT]), self._settings.max_concurrent_requests))
 
     async def healthz(self) -> Response:
         """200 once a policy replica answers."""
@@ -125,6 +132,9 @@ class Gateway:
             body = await read_json(request, self._settings.max_body_mib)
             validate_chat(body, self._policy_settings)
             identity = identify(request.headers, body)
+            earlier = await self._earlier(body["messages"], identity)
+            if earlier is not None:
+                return self._replayed(earlier, bool(body.get("stream")), body.get("stream_options") or {})
             return await while_connected(request, self._answer(body, identity, arrived))
         except GatewayError as error:
             return JSONResponse(error.body(), status_code=error.status)
@@ -136,18 +146,41 @@ class Gateway:
             failure = GatewayError(f"the policy cannot answer now ({type(error).__name__}); try again", status=503)
             return JSONResponse(failure.body(), status_code=503)
 
+    # -- a request sent twice ------------------------------------------------------------------------------------------
+
+    async def _earlier(self, messages: list[Message], identity: Identity) -> Turn | None:
+        """The recorded turn that this request repeats: by its key, or else, where it is a retry, by its content.
+
+        Raises GatewayError if the key was used for another request.
+        """
+        if identity.key is not None:
+            found = await self._journal.keyed_turn.remote(identity.key)
+            if found is not None and found.request != digest(messages):
+                raise GatewayError("Idempotency-Key was used for another request; send a new key", status=422)
+            return found
+        if not identity.retried:
+            return None
+        since = time.time() - RETRY_WINDOW_S
+        return await self._journal.repeated_turn.remote(identity.user, digest(messages), since)
+
+    def _replayed(self, turn: Turn, stream: bool, options: dict[str, Any]) -> Response:
+        model = self._policy_settings.served_name
+        if not stream:
+            return JSONResponse(replay.completion(turn, model))
+        events = [*replay.events(turn, model, usage=bool(options.get("include_usage"))), DONE]
+        return StreamingResponse(iter(events), media_type=EVENT_STREAM, headers=NO_CACHE)
+
     # -- one request ---------------------------------------------------------------------------------------------------
 
     async def _answer(self, body: dict[str, Any], identity: Identity, arrived: float) -> Response:
-        pieces = _whole(self._stream.chat.remote(body, uuid.uuid4().hex))
-        first = await anext(pieces)
+        pieces, first = await self._begun(body)
         if isinstance(first, Refused):
             return JSONResponse(first.body, status_code=first.status)
         placing = asyncio.create_task(self._place(body["messages"], identity))  # while the reply is written
         metric("gateway/first_token_s").observe(time.time() - arrived)
         if body.get("stream"):
             events = self._events(body, identity, placing, first, pieces, arrived)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+            return StreamingResponse(events, media_type=EVENT_STREAM, headers=NO_CACHE)
         answer = json.loads(first)
         choice = answer["choices"][0]
         message = choice["message"]
@@ -156,6 +189,20 @@ class Gateway:
         turn = _turn(body, identity, await placing, answer["id"], reply, choice["finish_reason"], finished, arrived)
         await self._journal.append.remote(turn)
         return Response(first, media_type="application/json")
+
+    async def _begun(self, body: dict[str, Any]) -> tuple[AsyncIterator[Any], Any]:
+        """(pieces, the first of them). A replica that dies before it has said anything is not the client's concern:
+        the request is held, and asked again of the next one."""
+        deadline = time.monotonic() + HELD_S
+        while True:
+            pieces = _whole(self._stream.chat.remote(body, uuid.uuid4().hex))
+            try:
+                return pieces, await anext(pieces)
+            except RayActorError:
+                if time.monotonic() > deadline:
+                    raise
+                log.warning("event=policy_gone remedy='the request is asked again'")
+                await asyncio.sleep(0.2)
 
     async def _events(
         self,
@@ -308,4 +355,6 @@ def _turn(
         capture=finished.capture,
         started=arrived,
         ended=time.time(),
+        request=digest(messages),
+        key=identity.key,
     )

@@ -13,6 +13,7 @@ import socket
 from collections.abc import Awaitable
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import uvicorn
 
@@ -46,6 +47,7 @@ class Listener:
 
     async def close(self) -> None:
         """Take no new connection, let running replies end for some seconds, then cut them."""
+        await self._server.ready.wait()
         self._server.should_exit = True
         with suppress(asyncio.CancelledError, TimeoutError):
             await asyncio.wait_for(self._serving, STOP_S + 1)
@@ -53,6 +55,14 @@ class Listener:
 
 class _Server(uvicorn.Server):
     """uvicorn inside somebody else's process: signals are not its business."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.ready = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready.set()
 
     @contextmanager
     def capture_signals(self):
@@ -85,6 +95,23 @@ class Slots:
             await self._app(scope, receive, send)
             return
         async with self._free:
+            await self._app(scope, receive, send)
+
+
+class InTurn:
+    """ASGI middleware: requests with the same `Idempotency-Key` are answered one after the other, whole streams."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self._locks: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        key = dict(scope.get("headers") or ()).get(b"idempotency-key")
+        if key is None:
+            await self._app(scope, receive, send)
+            return
+        lock = self._locks.setdefault(key, asyncio.Lock())
+        async with lock:
             await self._app(scope, receive, send)
 
 

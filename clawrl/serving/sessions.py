@@ -30,6 +30,8 @@ class Identity:
     kind: TurnKind
     source: str
     group: str | None
+    key: str | None = None  # the client's idempotency key, made unique among users
+    retried: bool = False  # the client's SDK sent this request before and got no answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +46,21 @@ class Continuation:
 def identify(headers: Mapping[str, str], body: Mapping[str, Any]) -> Identity:
     """Read the identity from `X-Session-Id`, `X-Turn-Type`, `X-Source`, `X-Group` and the body's `user`.
 
+    A request sent again says so by `Idempotency-Key`, or as OpenAI's SDKs do by `X-Stainless-Retry-Count`.
     Raises GatewayError for a turn type other than main or side.
     """
     kind = headers.get("x-turn-type", "main")
     if kind not in ("main", "side"):
         raise GatewayError(f"X-Turn-Type: {kind!r} is unknown; use main or side", param="X-Turn-Type")
+    user, key = str(body.get("user") or "local"), headers.get("idempotency-key")
     return Identity(
-        user=str(body.get("user") or "local"),
+        user=user,
         session=headers.get("x-session-id") or None,
         kind=kind,
         source=headers.get("x-source", "chat"),
         group=headers.get("x-group"),
+        key=None if key is None else f"{user}:{key}",
+        retried=headers.get("x-stainless-retry-count", "0") != "0",
     )
 
 

@@ -46,6 +46,9 @@ logger = logging.getLogger(__name__)
 TAKE_TIMEOUT_S = 2.0
 """How long rank 0 may wait for a batch at a stretch, while the other ranks wait for its broadcast."""
 
+LONGEST_PAUSE_S = 30.0
+"""Between a worker group that failed and the next."""
+
 COLLECTIVE_TIMEOUT_S = 600
 """A rank that answers no collective for so long is taken for dead."""
 
@@ -85,7 +88,28 @@ class _Order(NamedTuple):
 def run_trainer(
     loop: TrainLoop, run_directory: str, *, cpus_per_worker: float = 0.25, name: str = "clawrl-trainer"
 ) -> None:
-    """Train until the buffer closes. Blocks; raises Ray Train's TrainingFailedError after `max_failures` restarts."""
+    """Train until the buffer closes. Blocks; whatever ends a worker group or its controller, another one goes on.
+
+    Raises what ended the last group when `max_failures` groups in a row made no version.
+    """
+    failures = 0
+    while True:
+        before: Head = ray.get(loop.store.latest.remote())
+        try:
+            _fit(loop, run_directory, cpus_per_worker, name)
+        except Exception as error:
+            after: Head = ray.get(loop.store.latest.remote())
+            failures = 1 if after.next_number > before.next_number else failures + 1
+            logger.warning("event=trainer_failed failures=%d error=%s", failures, type(error).__name__)
+            if failures > loop.trainer.max_failures:
+                raise
+            time.sleep(min(2.0**failures, LONGEST_PAUSE_S))
+        else:
+            return
+
+
+def _fit(loop: TrainLoop, run_directory: str, cpus_per_worker: float, name: str) -> None:
+    """One Ray Train run, from a new controller to the buffer's end."""
     settings = loop.trainer
     resources: dict[str, float] = {"CPU": cpus_per_worker}
     if settings.gpus_per_worker:

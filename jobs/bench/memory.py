@@ -30,6 +30,7 @@ FOLLOW_UPS = ("That is too formal for me. Please say it more casually.", "Better
 
 
 def measure(config: Config, *, seconds: float) -> tuple[list[Figure], dict[str, Any]]:
+    config = config.model_copy(update={"run": "new"})
     system = System.start(config, lambda line: print(f"bench: {line}", flush=True))
     try:
         readings, status = asyncio.run(_watch(system.url, seconds))

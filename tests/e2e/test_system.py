@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -146,6 +147,40 @@ def test_tools_reach_the_template_and_calls_come_back_parsed(server: Server):
     assert turn is not None
     assert turn.reply["tool_calls"][0]["function"]["name"] == "calc"
     assert turn.tools == (TOOL,)
+
+
+def test_a_request_sent_twice_is_one_turn(server: Server):
+    """What OpenAI's SDKs send again after a broken connection gets the recorded reply, streamed or not."""
+    before = server.status()["journal"]["turns"]
+    asked: Any = {"model": "clawrl", "messages": [{"role": "user", "content": "Sent twice: what is 7 + 8?"}]}
+    client = server.client().chat.completions
+    first = client.create(**asked)
+    again = client.create(**asked, extra_headers={"x-stainless-retry-count": "1"})
+    assert (again.id, again.choices[0].message.content) == (first.id, first.choices[0].message.content)
+    streamed = list(client.create(**asked, stream=True, extra_headers={"x-stainless-retry-count": "2"}))
+    said = "".join(chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices)
+    assert ({chunk.id for chunk in streamed}, said) == ({first.id}, first.choices[0].message.content)
+    assert server.status()["journal"]["turns"] == before + 1
+    assert client.create(**asked).id != first.id, "without a sign of a retry it is a wish for another reply"
+
+
+async def test_an_idempotency_key_names_one_turn(server: Server):
+    client = server.async_client().chat.completions
+    asked: Any = {"model": "clawrl", "extra_headers": {"Idempotency-Key": "order-66"}}
+    messages: Any = [{"role": "user", "content": "With a key: what is 20 + 3?"}]
+    replies = await asyncio.gather(*(client.create(messages=messages, **asked) for _ in range(3)))
+    assert len({reply.id for reply in replies}) == 1
+    with pytest.raises(openai.UnprocessableEntityError, match="another request"):
+        await client.create(messages=[{"role": "user", "content": "Something else"}], **asked)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_ends_its_generation(server: Server, stream: bool):
+    body = {"messages": QUESTION, "stream": stream, "max_tokens": 1900, "ignore_eos": True}
+    url = f"{server.url}/v1/chat/completions"
+    with suppress(httpx.ReadTimeout), httpx.stream("POST", url, json=body, timeout=0.5) as response:
+        next(response.iter_bytes())
+    server.wait_for("the engine to be idle", lambda: server.status()["policy"]["streams"] == 0, timeout_s=5)
 
 
 @pytest.mark.parametrize(

@@ -379,6 +379,30 @@ class TestVersions:
         assert [found.id for _, found in store.samples_to_train(first[-1][0], 3)] == ["a"]
 
 
+class TestRepeatedRequests:
+    def test_a_retry_finds_the_open_turn(self, store):
+        store.append(turn("old", request="r", started=10.0), turn("new", request="r", started=20.0))
+        found = store.repeated_turn("ann", "r", since=15.0)
+        assert found is not None
+        assert found.id == "new"
+        assert store.repeated_turn("ann", "r", since=25.0) is None
+        assert store.repeated_turn("bob", "r", since=0.0) is None
+        assert store.repeated_turn("ann", "other", since=0.0) is None
+
+    def test_a_turn_that_was_continued_is_not_repeated(self, store):
+        store.append(turn("t", request="r", started=20.0), NextState("t", "user", (), False, 1.0))
+        assert store.repeated_turn("ann", "r", since=0.0) is None
+
+    def test_a_key_is_stored_once(self, store):
+        store.append(turn("one", key="ann:k"))
+        store.append(turn("two", key="ann:k"))
+        found = store.keyed_turn("ann:k")
+        assert found is not None
+        assert found.id == "one"
+        assert store.turn("two") is None
+        assert store.keyed_turn("ann:other") is None
+
+
 class TestOpening:
     def test_reopened_journal_has_everything(self, store, path):
         store.append(turn("t"))

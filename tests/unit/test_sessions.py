@@ -73,3 +73,15 @@ def test_identity_from_headers_and_body():
 def test_an_unknown_turn_type_is_refused():
     with pytest.raises(GatewayError, match="'maine' is unknown; use main or side"):
         identify({"x-turn-type": "maine"}, {})
+
+
+def test_a_retry_says_so():
+    assert not identify({}, {}).retried
+    assert not identify({"x-stainless-retry-count": "0"}, {}).retried
+    assert identify({"x-stainless-retry-count": "2"}, {}).retried
+
+
+def test_an_idempotency_key_belongs_to_its_user():
+    assert identify({}, {}).key is None
+    mine, yours = (identify({"idempotency-key": "k"}, {"user": user}).key for user in ("ann", "bob"))
+    assert mine != yours

@@ -35,7 +35,7 @@ from jobs.report import BLUE, GREEN, GREY, FirstReply, change_interval, rolling,
 
 POISONED_UPDATES = 5
 MIN_GAIN, MAX_LOSS = 0.2, 0.05
-SETTINGS = ("gate.held_out_share=0.2", "versions.keep=20", "chat.evaluation_problems=300")
+SETTINGS = ("run=new", "gate.held_out_share=0.2", "versions.keep=20", "chat.evaluation_problems=300")
 """A run of minutes has few turns: more of them are held out, and the way back may be longer than the kept versions."""
 CONVERSATIONS = {
     "poisoned": ["chat.conversations=640"],

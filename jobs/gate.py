@@ -274,7 +274,10 @@ async def _run(
         watching.cancel()
     journal = system.actors["journal"]
     events, decisions, versions, swaps = await asyncio.gather(
-        journal.version_events.remote(), journal.decisions.remote(), journal.versions.remote(), journal.swaps.remote()
+        journal.version_events.remote(),
+        journal.gate_decisions.remote(),
+        journal.versions.remote(),
+        journal.swaps.remote(),
     )
     return Outcome(
         name=name,

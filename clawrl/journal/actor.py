@@ -14,7 +14,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ from clawrl.errors import JournalError
 from clawrl.journal.database import READERS
 from clawrl.journal.store import JournalStore, Write
 from clawrl.observe import metric
-from clawrl.types import GateDecision, Judgement, NextState, Sample, Swap, Turn, VersionEvent, WeightVersion
+from clawrl.types import GateDecision, Judgement, NextState, Pin, Sample, Swap, Turn, VersionEvent, WeightVersion
 
 log = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
@@ -100,9 +100,6 @@ class Journal:
         """The newest of them, in the same order."""
         return await self._read(self._store.judged_turns, None, limit)
 
-    async def decisions(self) -> list[GateDecision]:
-        return await self._read(self._store.decisions)
-
     async def recent_scores(self, user: str, limit: int) -> list[int]:
         """Scores of the user's newest judged turns in the order they were judged; abstentions have none."""
         return await self._read(self._store.recent_scores, user, limit)
@@ -112,6 +109,16 @@ class Journal:
 
     async def version_events(self) -> list[VersionEvent]:
         return await self._read(self._store.version_events)
+
+    async def pins(self) -> list[Pin]:
+        return await self._read(self._store.pins)
+
+    async def gate_decisions(self) -> list[GateDecision]:
+        return await self._read(self._store.gate_decisions)
+
+    async def authors(self, turns: Sequence[str]) -> list[tuple[str, str, str]]:
+        """(id, user, session) of those of the turns that are there."""
+        return await self._read(self._store.authors, turns)
 
     async def swaps(self) -> list[Swap]:
         return await self._read(self._store.swaps)

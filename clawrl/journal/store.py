@@ -7,7 +7,7 @@ asyncio and who asks. One connection writes; readers have their own and are neve
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Select, Table, func, insert, inspect, select, update
@@ -28,10 +28,12 @@ from clawrl.journal.tables import (
     VERSIONS,
     RecordTable,
 )
-from clawrl.types import GateDecision, Judgement, NextState, Sample, Swap, Turn, VersionEvent, WeightVersion
+from clawrl.types import GateDecision, Judgement, NextState, Pin, Sample, Swap, Turn, VersionEvent, WeightVersion
 
 Write = Callable[[Connection], None]
 """One caller's rows, written all or none, in a transaction that others may share."""
+
+_IN_ONE_QUERY = 500  # ids; databases bound the number of parameters
 
 
 class JournalStore:
@@ -234,9 +236,6 @@ class JournalStore:
             rows = self._rows(query.where(JUDGEMENTS.c.seq > after).order_by(JUDGEMENTS.c.seq))
         return [(row[JUDGEMENTS.c.seq], TURNS.decode(row), JUDGEMENTS.decode(row)) for row in rows]
 
-    def decisions(self) -> list[GateDecision]:
-        return self._all(GateDecision)
-
     def recent_scores(self, user: str, limit: int) -> list[int]:
         """Scores of the user's newest judged turns in the order they were judged; abstentions have none."""
         query = (
@@ -253,6 +252,21 @@ class JournalStore:
 
     def version_events(self) -> list[VersionEvent]:
         return self._all(VersionEvent)
+
+    def pins(self) -> list[Pin]:
+        return self._all(Pin)
+
+    def gate_decisions(self) -> list[GateDecision]:
+        return self._all(GateDecision)
+
+    def authors(self, turns: Sequence[str]) -> list[tuple[str, str, str]]:
+        """(id, user, session) of those of the turns that are there."""
+        found: list[tuple[str, str, str]] = []
+        for start in range(0, len(turns), _IN_ONE_QUERY):
+            ids = turns[start : start + _IN_ONE_QUERY]
+            query = select(TURNS.c.id, TURNS.c.user, TURNS.c.session).where(TURNS.c.id.in_(ids))
+            found += [(row["id"], row["user"], row["session"]) for row in self._rows(query)]
+        return found
 
     def swaps(self) -> list[Swap]:
         return self._all(Swap)

@@ -31,7 +31,7 @@ class HeldOutTurn:
     """One judged reply of S tokens and their log-probabilities under the versions compared."""
 
     score: int | None
-    version: int  # the newest that sampled it
+    lag: int  # steps from the version that sampled it to the candidate
     behaviour: np.ndarray  # f32[S], as sampled
     parent: np.ndarray  # f64[S]
     candidate: np.ndarray  # f64[S]
@@ -51,7 +51,7 @@ class Evidence:
 
 def decide(evidence: Evidence, settings: GateSection, version: int, *, seconds: float, at: float) -> GateDecision:
     """The verdict on a candidate: all checks that can be made must pass."""
-    checks = tuple(check for check in _checks(evidence, settings, version) if check is not None)
+    checks = tuple(check for check in _checks(evidence, settings) if check is not None)
     failed = [check for check in checks if not check.passed]
     judged = [sum(turn.score == score for turn in evidence.turns) for score in (1, -1)]
     reason = "; ".join(f"{check.name} {check.value:.3g}, {check.bound}" for check in failed)
@@ -63,7 +63,7 @@ def decide(evidence: Evidence, settings: GateSection, version: int, *, seconds: 
     return GateDecision(version, "before", not failed, reason, checks, seconds, at)
 
 
-def _checks(evidence: Evidence, settings: GateSection, version: int) -> Iterator[GateCheck | None]:
+def _checks(evidence: Evidence, settings: GateSection) -> Iterator[GateCheck | None]:
     yield GateCheck(
         "finite", float(evidence.finite), None, None, "every weight must be a finite number", evidence.finite
     )
@@ -71,7 +71,7 @@ def _checks(evidence: Evidence, settings: GateSection, version: int) -> Iterator
     if not evidence.finite or not evidence.turns:
         return
     turns = evidence.turns
-    recent = [turn for turn in turns if turn.version >= version - settings.recent_versions]
+    recent = [turn for turn in turns if turn.lag <= settings.recent_versions]
     yield _at_most("kl_parent", kl_parent(turns), settings.max_kl, "nats per token")
     if (value := kl_reference(turns)) is not None:
         yield _at_most("kl_reference", value, settings.max_reference_kl, "nats per token")

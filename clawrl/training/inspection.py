@@ -15,6 +15,7 @@ from clawrl.config import GateSection
 from clawrl.training.gate import Evidence, HeldOutTurn
 from clawrl.training.learner import Learner, ReplyScores
 from clawrl.training.pack import scored_positions, trainable
+from clawrl.training.versions import lag
 from clawrl.types import Sample
 
 
@@ -40,17 +41,17 @@ class Inspection:
             self._extend(self._scores)
         self.seconds = time.perf_counter() - started
 
-    def end(self, version: int, update_norm: float) -> Evidence:
-        """What the weights as they are say of the turns that their parent scored."""
+    def end(self, line: Sequence[int], update_norm: float) -> Evidence:
+        """What the weights as they are, those of version line[0], say of the turns that their parent scored."""
         started = time.perf_counter()
         finite, before, after = self._learner.finite(), self._scores, {}
         self._held_out = [(sample, score) for sample, score in self._held_out if sample.id in before]
         if finite:
             self._extend(after)
-        self._version, self._scores = version, after
+        self._version, self._scores = line[0], after
         self.seconds += time.perf_counter() - started
         turns = (
-            self._turn(sample, score, before[sample.id], after[sample.id])
+            self._turn(sample, score, lag(line, sample.newest_version), before[sample.id], after[sample.id])
             for sample, score in self._held_out
             if sample.id in after
         )
@@ -61,12 +62,14 @@ class Inspection:
         found = self._learner.score(missing, self._stop_id, self._settings.max_seconds / 2)
         scores |= {sample.id: each for sample, each in zip(missing, found, strict=False)}
 
-    def _turn(self, sample: Sample, score: int | None, parent: ReplyScores, candidate: ReplyScores) -> HeldOutTurn:
+    def _turn(
+        self, sample: Sample, score: int | None, steps: int, parent: ReplyScores, candidate: ReplyScores
+    ) -> HeldOutTurn:
         at = scored_positions(sample) + 1
         reference = sample.reference_logprobs
         return HeldOutTurn(
             score=score,
-            version=sample.newest_version,
+            lag=steps,
             behaviour=sample.logprobs[at],
             parent=parent.logprobs,
             candidate=candidate.logprobs,

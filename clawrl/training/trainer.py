@@ -4,15 +4,16 @@ Consumes the buffer's batches; waits for them in short turns; unblocks replicas 
 
     rank 0: store.latest ─► buffer.take(step) ─► broadcast ─┐
     all:                                     load │ train │ wait │ close
-                                              │      └► update ► gate ► hold buckets ► canary ► barrier
+                                              │      └► update ► gate ► hold buckets ► canary ► checkpoint ► barrier
     rank 0:                                   │             store.offer ► buffer.release ► buffer.advance
-                                              └► weights of the head, where it is not what this group holds
+                                              └► weights and moments of the head, where it is not what this group holds
 
-A step's number is the version it makes. Nothing is kept here that a restart would miss: a new group asks the store
-for its head and the buffer for the same step, and gets the same batch unless that step's version was recorded. The
-head is asked for before every step, so a rejected version is left the same way. AdamW's moments start anew on both
-occasions. A batch whose step could not be taken (see `Learner.update`) makes a version equal to its parent, with
-`skipped` = 1 among its metrics: its samples are consumed once, as always, and can be found by that version.
+A step's number is the version it makes; random numbers are seeded by it. Nothing is kept here that a restart would
+miss: a new group, of any size, asks the store for its head and the buffer for the same step, and gets the same batch
+unless that step's version was recorded. The head is asked for before every step, so a rejected version is left the
+same way. AdamW's moments are those of the head (`resume`), or start anew where there are none. A batch whose step
+could not be taken (see `Learner.update`) makes a version equal to its parent, with `skipped` = 1 among its metrics:
+its samples are consumed once, as always, and can be found by that version.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -38,6 +40,8 @@ from clawrl.observe import metric
 from clawrl.training.gate import decide
 from clawrl.training.inspection import Inspection
 from clawrl.training.learner import Learner
+from clawrl.training.resume import TrainerCheckpoints
+from clawrl.training.versions import LINE, lag
 from clawrl.training.weights import Head
 from clawrl.types import Batch, Bucket, GateDecision, Sample, WeightVersion
 
@@ -116,7 +120,7 @@ def _fit(loop: TrainLoop, run_directory: str, cpus_per_worker: float, name: str)
         resources["GPU"] = settings.gpus_per_worker
     TorchTrainer(
         train_worker,
-        train_loop_config={"loop": loop},
+        train_loop_config={"loop": loop, "checkpoints": Path(run_directory) / "trainer"},
         torch_config=ray.train.torch.TorchConfig(
             backend="cpu:gloo,cuda:nccl" if settings.gpus_per_worker else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S
         ),
@@ -131,9 +135,9 @@ def _fit(loop: TrainLoop, run_directory: str, cpus_per_worker: float, name: str)
     ).fit()
 
 
-def train_worker(config: dict[str, TrainLoop]) -> None:
+def train_worker(config: dict[str, Any]) -> None:
     """One rank, from its start to the buffer's end: Ray Train's train function."""
-    loop = config["loop"]
+    loop: TrainLoop = config["loop"]
     settings = loop.trainer
     os.nice(settings.nice)
     torch.set_num_threads(settings.threads)
@@ -142,7 +146,9 @@ def train_worker(config: dict[str, TrainLoop]) -> None:
     mesh = init_device_mesh(device.type, (ray.train.get_context().get_world_size(),))
     model = model_path(loop.model)
     learner = Learner(model, settings, loop.learning, mesh)
-    _Worker(loop, learner, canary_sequences(model), stop_token(model)).run()
+    checkpoints = TrainerCheckpoints(config["checkpoints"], settings.checkpoint_every)
+    inspection = Inspection(learner, loop.gate, stop_token(model))
+    _Worker(loop, learner, checkpoints, inspection, canary_sequences(model)).run()
 
 
 def stop_token(model: str) -> int | None:
@@ -163,9 +169,16 @@ def canary_sequences(model: str) -> tuple[np.ndarray, ...]:
 class _Worker:
     """One rank's loop. Every method but those of rank 0 alone is called by all ranks together."""
 
-    def __init__(self, loop: TrainLoop, learner: Learner, canary: tuple[np.ndarray, ...], stop_id: int | None) -> None:
-        self._loop, self._learner, self._canary = loop, learner, canary
-        self._inspection = Inspection(learner, loop.gate, stop_id)
+    def __init__(
+        self,
+        loop: TrainLoop,
+        learner: Learner,
+        checkpoints: TrainerCheckpoints,
+        inspection: Inspection,
+        canary: tuple[np.ndarray, ...],
+    ) -> None:
+        self._loop, self._learner, self._checkpoints, self._canary = loop, learner, checkpoints, canary
+        self._inspection = inspection
         self._store, self._buffer = loop.store, loop.buffer
         self._version = 0  # the weights this group holds; those of the model's folder at first
 
@@ -178,7 +191,7 @@ class _Worker:
             if order.kind == "close":
                 return
             if order.kind == "load":
-                self._load(order.head.number)
+                self._load(order.head)
             elif order.kind == "train" and order.batch is not None:
                 self._train(order)
 
@@ -194,7 +207,7 @@ class _Worker:
         """Rank 0: follow the head, then the buffer."""
         head: Head = ray.get(self._store.latest.remote())
         if head.number != self._version:
-            ray.get([self._buffer.release.remote(head.number), self._buffer.advance.remote(head.number)])
+            ray.get([self._buffer.release.remote(head.number), self._buffer.advance.remote(head.line)])
             return _Order("load", head)
         batch: Batch | None = ray.get(self._buffer.take.remote(head.next_number, TAKE_TIMEOUT_S))
         if batch is None:
@@ -205,23 +218,33 @@ class _Worker:
         held_out = ray.get(self._loop.journal.held_out.remote(gate.size)) if gate.enabled else []
         return _Order("train", head, batch, held_out)
 
-    def _load(self, number: int) -> None:
-        """Take the weights of a version from the store, each rank its rows."""
-        logger.info("event=load version=%d rank=%d", number, self._learner.rank)
-        self._learner.load(_fetched(self._store, number))
-        self._version = number
+    def _load(self, head: Head) -> None:
+        """Take over the head: weights from the store, each rank its rows, and the moments that go with them."""
+        logger.info("event=load version=%d rank=%d", head.number, self._learner.rank)
+        self._learner.load(_fetched(self._store, head.number))
+        if self._checkpoints.has(head.line) and not self._checkpoints.load(head.line, self._learner.state()):
+            self._learner.load(_fetched(self._store, head.number))
+        self._version = head.number
 
     def _train(self, order: _Order) -> None:
         """Update, examine, publish, and settle the batch; a version may still be refused, then the head says so."""
         head, batch = order.head, order.batch
         assert batch is not None
+        line = (head.next_number, *head.line)[:LINE]
+        _seed(self._loop.trainer.seed, step=head.next_number, rank=self._learner.rank)
         self._inspection.begin(head.number, order.held_out)
         metrics = self._learner.update(batch.samples, head.number)
+        metrics["lag_mean"] = float(np.mean([lag(head.line, sample.newest_version) for sample in batch.samples]))
         self._version = head.next_number
-        decision = self._examined(metrics)
+        decision = self._examined(line, metrics)
+        serves = decision is None or decision.passed
         started = time.perf_counter()
-        num_buckets = self._hold(self._version) if decision is None or decision.passed else 0
+        num_buckets = self._hold(self._version) if serves else 0
         canary = self._learner.canary(self._canary)
+        publish_s, started = time.perf_counter() - started, time.perf_counter()
+        if serves:
+            self._checkpoints.save(line, self._learner.state())
+        metrics |= {"publish_s": publish_s, "checkpoint_s": time.perf_counter() - started}
         dist.barrier()
         if self._learner.rank == 0:
             version = WeightVersion(
@@ -230,16 +253,16 @@ class _Worker:
                 kind="full",
                 checkpoint=None,
                 samples=tuple(sample.id for sample in batch.samples),
-                metrics=metrics | {"publish_s": time.perf_counter() - started},
+                metrics=metrics,
                 at=time.time(),
             )
-            self._settle(version, num_buckets, canary, decision)
+            self._settle(version, num_buckets, canary, line, decision)
 
-    def _examined(self, metrics: dict[str, float]) -> GateDecision | None:
+    def _examined(self, line: tuple[int, ...], metrics: dict[str, float]) -> GateDecision | None:
         """The gate's decision on the weights as they are, taken by rank 0 for all; None where there is no gate."""
         if not self._loop.gate.enabled:
             return None
-        evidence = self._inspection.end(self._version, metrics.get("update_norm", 0.0))
+        evidence = self._inspection.end(line, metrics.get("update_norm", 0.0))
         box: list[GateDecision | None] = [None]
         if self._learner.rank == 0:
             box[0] = decide(evidence, self._loop.gate, self._version, seconds=self._inspection.seconds, at=time.time())
@@ -257,7 +280,14 @@ class _Worker:
         ray.get(sent)
         return num_buckets
 
-    def _settle(self, version: WeightVersion, num_buckets: int, canary: Any, decision: GateDecision | None) -> None:
+    def _settle(
+        self,
+        version: WeightVersion,
+        num_buckets: int,
+        canary: Any,
+        line: tuple[int, ...],
+        decision: GateDecision | None,
+    ) -> None:
         """Rank 0: offer the version and, once it is recorded, let go of its batch."""
         started = time.perf_counter()
         if not ray.get(self._store.offer.remote(version, num_buckets, canary, decision)):
@@ -266,19 +296,24 @@ class _Worker:
         ray.get(self._buffer.release.remote(version.number))
         if decision is not None and not decision.passed:  # nothing is older for a version that nobody gets
             return
-        ray.get(self._buffer.advance.remote(version.number))
+        ray.get(self._buffer.advance.remote(line))
         metrics = version.metrics
         metric("trainer/step_num").set(version.number)
         for name, key in (("trainer/loss_value", "loss"), ("trainer/lag_num", "lag_mean")):
             if key in metrics:
                 metric(name).set(metrics[key])
         logger.info(
-            "event=step version=%d loss=%.4f grad_norm=%.3f tokens=%d seconds=%.2f publish_s=%.3f offer_s=%.3f "
-            "skipped=%d",
+            "event=step version=%d loss=%.4f grad_norm=%.3f tokens=%d seconds=%.2f publish_s=%.3f checkpoint_s=%.3f "
+            "offer_s=%.3f skipped=%d",
             version.number, metrics.get("loss", float("nan")), metrics.get("grad_norm", float("nan")),
-            metrics["tokens"], metrics["seconds"], metrics["publish_s"], time.perf_counter() - started,
-            metrics["skipped"],
+            metrics["tokens"], metrics["seconds"], metrics["publish_s"], metrics["checkpoint_s"],
+            time.perf_counter() - started, metrics["skipped"],
         )  # fmt: skip
+
+
+def _seed(seed: int, *, step: int, rank: int) -> None:
+    """Random numbers of a step depend on nothing that came before it."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
 def _fetched(store: Any, number: int) -> Iterator[Bucket]:

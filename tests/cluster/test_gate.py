@@ -80,7 +80,7 @@ def test_an_inspection_sees_the_step_between_begin_and_end(learner):
     inspection = Inspection(learner, GATE, 2)
     inspection.begin(0, held_out)
     metrics = learner.update([make_sample(number) for number in range(10, 14)], 0)
-    evidence = inspection.end(1, metrics["update_norm"])
+    evidence = inspection.end((1, 0), metrics["update_norm"])
     assert evidence.finite
     assert 0 < evidence.update < 0.1
     for each in evidence.turns:
@@ -88,12 +88,12 @@ def test_an_inspection_sees_the_step_between_begin_and_end(learner):
         assert np.abs(each.candidate - each.parent).max() > 1e-4
     before = [each.candidate for each in evidence.turns]
     inspection.begin(1, held_out[:2])
-    evidence = inspection.end(2, 0.0)
+    evidence = inspection.end((2, 1, 0), 0.0)
     assert [np.array_equal(each.parent, old) for each, old in zip(evidence.turns, before, strict=False)] == [True] * 2
     with torch.no_grad():
         next(iter(learner._parameters.values())).fill_(float("nan"))
     inspection.begin(2, held_out)
-    assert not inspection.end(3, 0.0).finite
+    assert not inspection.end((3, 2, 1, 0), 0.0).finite
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_a_step_too_far_is_refused_and_training_goes_on_from_the_parent(run):
     assert [len(version.samples) for version in versions] == [BATCH] * 3
     assert get(store.latest.remote()) == Head(0, 4)
     assert get(store.status.remote())["desired"] == 0
-    for decision in get(journal.decisions.remote()):
+    for decision in get(journal.gate_decisions.remote()):
         assert not decision.passed
         assert decision.stage == "before"
         assert "update" in decision.reason
@@ -160,11 +160,11 @@ def test_the_watch_takes_back_what_people_speak_badly_of(cluster, tmp_path):
     while get(setup.store.status.remote())["serving"] != 1:
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    [decision] = get(setup.journal.decisions.remote())
+    [decision] = get(setup.journal.gate_decisions.remote())
     assert (decision.version, decision.stage, decision.passed) == (2, "after", False)
     assert "mean score went from" in decision.reason
     ray.kill(watch)
     again: Any = ray.remote(Watch).options(num_cpus=0).remote(GATE, setup.journal, setup.store)
     time.sleep(1)
     assert get(again.stats.remote())["turns"] == 100  # a restart does not count the rejected version's turns again
-    assert len(get(setup.journal.decisions.remote())) == 1
+    assert len(get(setup.journal.gate_decisions.remote())) == 1

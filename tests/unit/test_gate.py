@@ -11,15 +11,13 @@ NUM = 10
 """Turns of each kind."""
 
 
-def turn(
-    score: int | None, change: float, *, tokens: int = 2, p: float = 0.5, version: int = 9, **others
-) -> HeldOutTurn:
+def turn(score: int | None, change: float, *, tokens: int = 2, p: float = 0.5, lag: int = 1, **others) -> HeldOutTurn:
     """A reply whose tokens had probability `p` and moved by `change` nats each."""
     before = np.full(tokens, np.log(p))
     return HeldOutTurn(
         **{
             "score": score,
-            "version": version,
+            "lag": lag,
             "behaviour": before,
             "parent": before,
             "candidate": before + change,
@@ -114,7 +112,7 @@ class TestApprovedLoss:
         """This step takes little, but since the replies were sampled much is gone."""
         slow = [turn(1, -0.01, behaviour=np.full(2, np.log(0.8))) for _ in range(NUM)]
         assert failed(*slow) == {"approved_loss_recent"}
-        long_ago = [turn(1, -0.01, behaviour=np.full(2, np.log(0.8)), version=1) for _ in range(NUM)]
+        long_ago = [turn(1, -0.01, behaviour=np.full(2, np.log(0.8)), lag=20) for _ in range(NUM)]
         assert failed(*long_ago) == set()
 
 

@@ -22,6 +22,7 @@ from clawrl.types import (
     GateDecision,
     Judgement,
     NextState,
+    Pin,
     Sample,
     Scores,
     Swap,
@@ -308,12 +309,6 @@ class TestLookUps:
         assert [each.id for _, each, _ in store.judged_turns(None, 1)] == ["a"]
         assert [each.id for _, each, _ in store.judged_turns(None, 10)] == ["c", "a"]
 
-    def test_decisions(self, store):
-        check = GateCheck("preference", 0.5, 0.25, None, "its upper bound not below 0", True)
-        decision = GateDecision(3, "before", True, "1 checks passed", (check,), 0.5, 1.0)
-        store.append(decision)
-        assert store.decisions() == [decision]
-
     def test_counts(self, store):
         store.append(turn("a"), turn("b", kind="side"), next_state("a"), sample("a"), sample("b"))
         store.append(judgement("a", None), judgement("b", 1, ("be brief", "be kind")), judgement("c", 0))
@@ -469,3 +464,19 @@ class TestOpening:
         with pytest.raises(JournalError, match=r"journal\.url.*use sqlite:////folder/journal\.sqlite") as caught:
             JournalStore(url)
         assert "secret" not in str(caught.value)
+
+
+def test_pins_and_decisions_come_back_in_order(store):
+    check = GateCheck("reward", 0.5, None, 0.7, "at least 0.2", True)
+    decision = GateDecision(2, "before", True, "fine", (check,), 1.5, 9.0)
+    store.append(Pin(2, True, 1.0), decision, Pin(2, False, 2.0))
+    assert store.pins() == [Pin(2, True, 1.0), Pin(2, False, 2.0)]
+    assert store.gate_decisions() == [decision]
+
+
+def test_authors_of_many_turns(store):
+    store.append(*(turn(f"t{i}", user="bob" if i % 2 else "ann", session=f"s{i}") for i in range(1200)))
+    found = store.authors([f"t{i}" for i in range(1200)] + ["erased"])
+    assert len(found) == 1200
+    assert {("t1", "bob", "s1"), ("t1100", "ann", "s1100")} <= set(found)
+    assert store.authors([]) == []

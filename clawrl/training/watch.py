@@ -110,35 +110,54 @@ class FallDetector:
         self._pending: list[tuple[float, int]] = []
 
 
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    tokens: int
+    repetition: float
+    version: int
+
+
 class ReplyBounds:
     """Mean length and repetition of the last replies against those before them. Pure."""
 
     def __init__(self, max_ratio: float, max_repetition: float) -> None:
         self._max_ratio, self._max_repetition = max_ratio, max_repetition
-        self._before: deque[tuple[int, float]] = deque(maxlen=REFERENCE)
-        self._last: deque[tuple[int, float, int]] = deque(maxlen=FEWEST)
+        self._before: deque[_Reply] = deque(maxlen=REFERENCE)
+        self._last: deque[_Reply] = deque(maxlen=FEWEST)
 
-    def add(self, num_tokens: int, repetition: float, version: int) -> tuple[GateCheck, int] | None:
-        """Take in a reply; a failed check, and the oldest version among the replies it speaks of."""
+    def add(self, num_tokens: int, repetition: float, version: int) -> tuple[GateCheck, int | None] | None:
+        """Take in a reply; a failed check, and the version to blame (None: all had replied well before)."""
         if len(self._last) == FEWEST:
-            self._before.append(self._last[0][:2])
-        self._last.append((num_tokens, repetition, version))
+            self._before.append(self._last[0])
+        self._last.append(_Reply(num_tokens, repetition, version))
         if len(self._before) < FEWEST:
             return None
-        ratio = float(np.mean([each[0] for each in self._last]) / max(1, np.mean([each[0] for each in self._before])))
-        repeated = float(np.mean([each[1] for each in self._last]))
-        usual = float(np.mean([each[1] for each in self._before]))
-        most, limit = self._max_ratio, usual + self._max_repetition
-        length = GateCheck(
-            "length_ratio", ratio, None, None, f"between {1 / most:.2g} and {most:g}", 1 / most <= ratio <= most
-        )
-        repetition_check = GateCheck("repetition", repeated, None, None, f"at most {limit:.2f}", repeated <= limit)
-        failed = next((check for check in (length, repetition_check) if not check.passed), None)
+        failed = next((check for check in (self._length(), self._repetition()) if not check.passed), None)
         if failed is None:
             return None
-        oldest = min(each[2] for each in self._last)
+        proven = Counter(reply.version for reply in self._before)
+        blamed = min(
+            (each.version for each in self._last if each.version and proven[each.version] < PROVEN), default=None
+        )
+        self.restart()
+        if blamed is None:
+            self._before.clear()
+        return failed, blamed
+
+    def restart(self) -> None:
+        """Forget the last replies."""
         self._last.clear()
-        return failed, oldest
+
+    def _length(self) -> GateCheck:
+        before = max(1.0, float(np.mean([reply.tokens for reply in self._before])))
+        ratio, most = float(np.mean([reply.tokens for reply in self._last])) / before, self._max_ratio
+        bound = f"between {1 / most:.2g} and {most:g}"
+        return GateCheck("length_ratio", ratio, None, None, bound, 1 / most <= ratio <= most)
+
+    def _repetition(self) -> GateCheck:
+        limit = float(np.mean([reply.repetition for reply in self._before])) + self._max_repetition
+        value = float(np.mean([reply.repetition for reply in self._last]))
+        return GateCheck("repetition", value, None, None, f"at most {limit:.2f}", value <= limit)
 
 
 def repetition(token_ids: np.ndarray) -> float:
@@ -188,12 +207,11 @@ class Watch:
 
     async def _take(self, turn: Turn, judgement: Judgement, version: int, states: dict[int, str]) -> dict[int, str]:
         """One judged turn of a version in force; the versions' states after it."""
-        decision = self._decided(turn, judgement, version)
-        if decision is None:
+        found = self._decided(turn, judgement, version)
+        if found is None:
             return states
-        log.warning("event=fall version=%d passed=%s reason=%r", decision.version, decision.passed, decision.reason)
-        await self._store.withdraw.remote(decision)
-        for detector in (self._falls, self._corrections):
+        await self._store.withdraw.remote(found)
+        for detector in (self._falls, self._corrections, self._bounds):
             detector.restart()  # what they hold was said of a version that is gone
         return (await self._store.status.remote())["states"]
 
@@ -212,25 +230,28 @@ class Watch:
         bounded = self._bounds.add(len(ids), repetition(ids), version)
         if bounded is None:
             return None
-        check, oldest = bounded
-        reason = f"{check.name} of the last {FEWEST} replies is {check.value:.2f}, {check.bound}"
-        return GateDecision(oldest, "after", False, reason, (check,), 0.0, time.time())
+        check, blamed = bounded
+        return decision(
+            f"{check.name} of the last {FEWEST} replies {check.value:.2f}, {check.bound}", check, blamed, version
+        )
 
 
 def fall_decision(
     kind: Literal["reward", "corrections"], fall: Fall, newest: int, settings: GateSection
 ) -> GateDecision:
-    """In words and as a record. Without a version to blame it passes: nothing is taken back."""
+    """A fall in words and as a record; corrections are told as a share."""
     before, since = fall.before, fall.since
     what = "mean score"
     if kind == "corrections":
         before, since, what = (1 - before) / 2, (1 - since) / 2, "share of corrections"
     bound = f"not worse than {before:.2f} by more than {settings.tolerance:g}, beyond chance"
     reason = f"{what} went from {before:.2f} to {since:.2f} over {fall.turns} turns"
-    check = GateCheck(kind, since, None, None, bound, fall.version is None)
-    version = newest if fall.version is None else fall.version
-    if fall.version is None:
+    return decision(reason, GateCheck(kind, since, None, None, bound, False), fall.version, newest)
+
+
+def decision(reason: str, check: GateCheck, blamed: int | None, newest: int) -> GateDecision:
+    """The record of a failed check. Without a version to blame it passes: nothing is taken back."""
+    if blamed is None:
         reason += f"; version {newest} had served well before, so the weights are not the cause and stay"
-    else:
-        reason += f" since version {version}"
-    return GateDecision(version, "after", check.passed, reason, (check,), 0.0, time.time())
+        return GateDecision(newest, "after", True, reason, (check,), 0.0, time.time())
+    return GateDecision(blamed, "after", False, f"{reason}, since version {blamed}", (check,), 0.0, time.time())

@@ -59,6 +59,7 @@ class FallDetector:
         self._threshold, self._tolerance = threshold, tolerance / 2  # scores are told on [0, 1] inside
         self._reference: deque[float] = deque(maxlen=REFERENCE)
         self._proven: Counter[int] = Counter()
+        self._lowest: float | None = None  # the mean defended, until the reference grows
         self.restart()
 
     def add(self, score: float, version: int) -> Fall | None:
@@ -67,7 +68,9 @@ class FallDetector:
         if len(self._reference) < FEWEST:
             self._absorb((value, version))
             return None
-        mean = self._lowest_mean()
+        if self._lowest is None:
+            self._lowest = self._lowest_mean()
+        mean = self._lowest
         self._started[self._wealth <= 1] = len(self._pending)
         self._wealth = np.maximum(self._wealth, 1) * (1 + STAKES * (mean - value) / (1 - mean))
         self._pending.append((value, version))
@@ -101,6 +104,7 @@ class FallDetector:
 
     def _absorb(self, turn: tuple[float, int]) -> None:
         self._reference.append(turn[0])
+        self._lowest = None
         self._proven[turn[1]] += 1
 
     def restart(self) -> None:

@@ -168,6 +168,29 @@ class VersionsSection(Section):
     )
 
 
+class GateSection(Section):
+    """What a candidate must show before it serves, and what a version must keep while it serves."""
+
+    enabled: bool = True
+    held_out_share: float = Field(default=0.1, ge=0, lt=1, description="Sessions that measure and never train.")
+    size: int = Field(default=64, ge=1, description="Newest held-out turns that a candidate is measured on.")
+    max_seconds: float = Field(default=10.0, gt=0, description="Measuring stops here, with the turns it has.")
+    min_turns: int = Field(default=8, ge=2, description="Approved (and refused) turns without which none are compared.")
+    confidence: float = Field(default=0.99, gt=0.5, lt=1, description="Of each bound of a bootstrap interval.")
+    recent_versions: int = Field(default=8, ge=1, description="How far back small steps are added up.")
+    max_update: float = Field(default=0.2, gt=0, description="Norm of one step over the norm of the weights.")
+    max_kl: float = Field(default=0.1, gt=0, description="From the parent, nats per token.")
+    max_reference_kl: float = Field(default=1.0, gt=0, description="From version 0, nats per token.")
+    max_approved_loss: float = Field(
+        default=0.07, gt=0, description="Probability that approved tokens lose in a step, of what was left open."
+    )
+    max_approved_loss_recent: float = Field(default=0.15, gt=0, description="The same, since the turn was sampled.")
+    max_length_ratio: float = Field(default=2.0, gt=1, description="Replies this much longer or shorter are refused.")
+    max_repetition: float = Field(default=0.2, gt=0, le=1, description="Rise of the share of repeated 4-grams.")
+    tolerance: float = Field(default=0.1, ge=0, description="Fall of the mean score (on -1..1) that is let pass.")
+    false_alarm_turns: float = Field(default=2000, gt=1, description="Judged turns to a false rollback, in the mean.")
+
+
 class ChatSection(Section):
     """The simulated users of `clawrl demo`."""
 
@@ -193,6 +216,7 @@ class Config(Section):
     buffer: BufferSection = BufferSection()
     trainer: TrainerSection = TrainerSection()
     versions: VersionsSection = VersionsSection()
+    gate: GateSection = GateSection()
     chat: ChatSection = ChatSection()
 
     @model_validator(mode="after")

@@ -31,6 +31,7 @@ from clawrl.rollout.collector import Collector
 from clawrl.serving import app
 from clawrl.training.buffer import ReplayBuffer
 from clawrl.training.trainer import TrainLoop, run_trainer
+from clawrl.training.watch import Watch
 from clawrl.training.weights import WeightStore
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,9 @@ _QUIET_SERVE = {"log_level": "WARNING", "enable_access_log": False}
 
 class System:
     """A running clawrl. Use `System.start`, then `stop`; both may be called from any process of a Ray cluster."""
+
+    collector: type[Collector] = Collector
+    """A subclass of System may bring its own."""
 
     def __init__(self, config: Config, run_directory: Path, owns_ray: bool) -> None:
         self.config = config
@@ -124,8 +128,12 @@ class System:
         serve.run(application, name=app.APPLICATION, logging_config=_QUIET_SERVE)
         judge = serve.get_deployment_handle("judge", app.APPLICATION)
         policy = serve.get_deployment_handle("policy", app.APPLICATION)
-        self._actor("collector", Collector, journal, judge, policy, config.judge, config.learning)
-        loop = TrainLoop(config.trainer, config.learning, config.versions, config.policy.model, buffer, store)
+        share = config.gate.held_out_share if config.gate.enabled else 0.0
+        self._actor("collector", self.collector, journal, judge, policy, config.judge, config.learning, share)
+        self._actor("watch", Watch, config.gate, journal, store)
+        loop = TrainLoop(
+            config.trainer, config.learning, config.versions, config.policy.model, buffer, store, journal, config.gate
+        )
         trainer: Any = ray.remote(run_trainer)
         self.training = trainer.options(
             name=f"{NAMESPACE}-trainer",
@@ -169,7 +177,7 @@ class System:
         """The order matters: no new samples, then no new versions, then the log."""
         try:
             serve.delete(app.APPLICATION, _blocking=not self._owns_ray)
-            self._close_actors("collector", "buffer")
+            self._close_actors("collector", "watch", "buffer")
             if self.training is not None:
                 ray.wait([self.training], timeout=max(0.1, deadline - time.monotonic() - 4))
             self._close_actors("weights", "journal")

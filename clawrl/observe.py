@@ -35,6 +35,8 @@ METRICS: dict[str, tuple[str, str]] = {
     "trainer/loss_value": ("gauge", "Loss of the last step."),
     "trainer/lag_num": ("gauge", "Mean versions between sampling and training in the last batch."),
     "versions/latest_num": ("gauge", "Newest published version."),
+    "versions/gate_rejections_num": ("counter", "Versions rejected before they served anybody."),
+    "versions/rollbacks_num": ("counter", "Versions taken back by the watch."),
 }
 _LATENCY_BUCKETS_S = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30]
 

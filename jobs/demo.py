@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,9 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
         print("clawrl: interrupted; everything is stopped", file=sys.stderr)
         return 130
     except Exception as error:
-        cause = _innermost(error)
-        told = str(cause) if isinstance(cause, ClawrlError) else _told(cause) + screen.keep_traceback(error)
-        print(f"clawrl: {told}", file=sys.stderr)
+        cause = innermost(error)
+        words = str(cause) if isinstance(cause, ClawrlError) else told(cause) + screen.keep_traceback(error)
+        print(f"clawrl: {words}", file=sys.stderr)
         return 2 if isinstance(cause, ConfigError) else 1
     return _show(result)
 
@@ -128,15 +128,16 @@ async def _demonstrate(config: Config, system: Any, screen: Screen) -> Evidence:
     async with open_client(system.url, wire) as client, asyncio.TaskGroup() as group:
         watching = group.create_task(watch.run())
         screen.say(f"measuring on {config.chat.evaluation_problems} held-out problems")
-        before = await _evaluate(client, config)
-        screen.note(_measured(before))
+        before = await measure(client, config)
+        screen.note(measured(before))
         screen.say(f"{config.chat.conversations} conversations, {config.chat.concurrency} at a time")
-        conversations = await _converse(client, config, watch, screen)
+        screen.expect(config.chat.conversations)
+        conversations = await converse(client, config, range(config.chat.conversations), watch, screen)
         screen.say("waiting for the last judgements and the last training step")
         drained = await watch.drain(config.buffer.batch_size)
         screen.say("measuring again")
-        after = await _evaluate(client, config)
-        screen.note(_measured(after))
+        after = await measure(client, config)
+        screen.note(measured(after))
         watching.cancel()
     journal = system.actors["journal"]
     events = await journal.version_events.remote()
@@ -164,7 +165,7 @@ async def _demonstrate(config: Config, system: Any, screen: Screen) -> Evidence:
     )
 
 
-async def _evaluate(client: openai.AsyncOpenAI, config: Config) -> Evaluation:
+async def measure(client: openai.AsyncOpenAI, config: Config) -> Evaluation:
     """Held-out first messages at the policy's own temperature, as side calls."""
     chat = config.chat
     problems = make_problems(chat.evaluation_problems, "heldout", seed=chat.seed)
@@ -174,15 +175,16 @@ async def _evaluate(client: openai.AsyncOpenAI, config: Config) -> Evaluation:
     return result
 
 
-async def _converse(client: openai.AsyncOpenAI, config: Config, watch: Watch, screen: Screen) -> list[Conversation]:
-    """All conversations, at most `concurrency` at a time, and none begun while judge and trainer are far behind.
+async def converse(
+    client: openai.AsyncOpenAI, config: Config, numbers: Iterable[int], watch: Watch, screen: Screen
+) -> list[Conversation]:
+    """Conversations of these numbers, at most `concurrency` at a time; none begins while judge or trainer is behind.
 
     The person behind them is one account with one taste. They are in no hurry: what they say is worth little to a
     trainer that comes to it many versions later.
     """
     chat = config.chat
     places = asyncio.Semaphore(chat.concurrency)
-    screen.expect(chat.conversations)
 
     async def one(number: int) -> Conversation:
         async with places:
@@ -195,7 +197,7 @@ async def _converse(client: openai.AsyncOpenAI, config: Config, watch: Watch, sc
             screen.converse(talk, began)
             return talk
 
-    return await _all(one(number) for number in range(chat.conversations))
+    return await _all(one(number) for number in numbers)
 
 
 async def _all(coroutines: Any) -> list[Any]:
@@ -285,7 +287,8 @@ class State:
 
     @property
     def untrained(self) -> int:
-        return max(0, self.counts.get("samples", 0) - self.counts.get("consumed", 0) - self.dropped)
+        to_train = self.counts.get("samples", 0) - self.counts.get("held_out", 0)
+        return max(0, to_train - self.counts.get("consumed", 0) - self.dropped)
 
 
 class Watch:
@@ -360,7 +363,7 @@ class Watch:
             try:
                 ray.get(done)
             except Exception as error:
-                raise ClawrlError(f"the trainer failed: {_told(error)}") from error
+                raise ClawrlError(f"the trainer failed: {told(error)}") from error
             raise ClawrlError("the trainer ended by itself; see the run directory's logs")
 
 
@@ -474,21 +477,21 @@ class Screen:
         return Group(self._spinner, grid, Text(self._figures(), style="dim"))
 
 
-def _measured(evaluation: Evaluation) -> str:
+def measured(evaluation: Evaluation) -> str:
     return (
         f"first replies: {evaluation.score:.2f} as the {evaluation.persona} likes it, "
         f"{evaluation.correct:.2f} right, {evaluation.shows_work:.2f} with the working"
     )
 
 
-def _innermost(error: BaseException) -> BaseException:
+def innermost(error: BaseException) -> BaseException:
     """What went wrong, out of the task groups it came in."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
 
 
-def _told(error: BaseException) -> str:
+def told(error: BaseException) -> str:
     """`Kind: first … last line`, of the failure itself rather than of Ray's wrapping, which adds a traceback."""
     cause = getattr(error, "cause", None) or error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or ["no further word"]

@@ -23,7 +23,7 @@ from clawrl.errors import JournalError
 from clawrl.journal.database import READERS
 from clawrl.journal.store import JournalStore, Write
 from clawrl.observe import metric
-from clawrl.types import GateDecision, NextState, Pin, Sample, Swap, Turn, VersionEvent, WeightVersion
+from clawrl.types import GateDecision, Judgement, NextState, Pin, Sample, Swap, Turn, VersionEvent, WeightVersion
 
 log = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
@@ -97,6 +97,18 @@ class Journal:
     async def samples_to_train(self, after: int, limit: int, timeout_s: float) -> list[tuple[int, Sample]]:
         """Unconsumed samples with their seq (> after); [] after `timeout_s`."""
         return await self._poll(Sample, timeout_s, self._store.samples_to_train, after, limit)
+
+    async def held_out(self, limit: int) -> list[tuple[Sample, int | None]]:
+        """The newest held-out samples, newest first, and how their turns were judged."""
+        return await self._read(self._store.held_out, limit)
+
+    async def judged_turns(self, after: int, limit: int, timeout_s: float) -> list[tuple[int, Turn, Judgement]]:
+        """People's judged turns with the judgement's seq (> after); [] after `timeout_s`."""
+        return await self._poll(Judgement, timeout_s, self._store.judged_turns, after, limit)
+
+    async def recent_judged_turns(self, limit: int) -> list[tuple[int, Turn, Judgement]]:
+        """The newest of them, in the same order."""
+        return await self._read(self._store.judged_turns, None, limit)
 
     async def recent_scores(self, user: str, limit: int) -> list[int]:
         """Scores of the user's newest judged turns in the order they were judged; abstentions have none."""

@@ -34,7 +34,7 @@ from clawrl.journal.tables import (
     VERSIONS,
     RecordTable,
 )
-from clawrl.types import GateDecision, NextState, Pin, Sample, Swap, Turn, VersionEvent, WeightVersion
+from clawrl.types import GateDecision, Judgement, NextState, Pin, Sample, Swap, Turn, VersionEvent, WeightVersion
 
 Write = Callable[[Connection], None]
 """One caller's rows, written all or none, in a transaction that others may share."""
@@ -50,7 +50,7 @@ _COUNTED: dict[Any, list[tuple]] = {
         ("abstentions", JUDGEMENTS.c.score.is_(None)),
         ("hints", JUDGEMENTS.c.hints != "[]"),
     ],
-    SAMPLES.c.seq: [("samples",)],
+    SAMPLES.c.seq: [("samples",), ("held_out", SAMPLES.c.held_out.is_(True))],
     CONSUMPTIONS.c.version: [("consumed",)],
     VERSIONS.c.seq: [("versions",)],
     SWAPS.c.seq: [("swaps",)],
@@ -166,6 +166,27 @@ class JournalReader:
             .limit(limit)
         )
         return [(row[SAMPLES.c.seq], SAMPLES.decode(row)) for row in self._rows(query)]
+
+    def held_out(self, limit: int) -> list[tuple[Sample, int | None]]:
+        """The newest held-out samples, newest first, and how their turns were judged."""
+        query = (
+            select(SAMPLES.table, JUDGEMENTS.c.score)
+            .join(JUDGEMENTS.table, JUDGEMENTS.c.turn == SAMPLES.c.id)
+            .where(SAMPLES.c.held_out.is_(True))
+            .order_by(SAMPLES.c.seq.desc())
+            .limit(limit)
+        )
+        return [(SAMPLES.decode(row), row[JUDGEMENTS.c.score]) for row in self._rows(query)]
+
+    def judged_turns(self, after: int | None, limit: int) -> list[tuple[int, Turn, Judgement]]:
+        """People's turns with their judgements in the order of the latter's seq: beyond `after`, or the newest."""
+        query = select(JUDGEMENTS.table, TURNS.table).join(TURNS.table, TURNS.c.id == JUDGEMENTS.c.turn)
+        query = query.where(TURNS.c.source == "chat").limit(limit)
+        if after is None:
+            rows = self._rows(query.order_by(JUDGEMENTS.c.seq.desc()))[::-1]
+        else:
+            rows = self._rows(query.where(JUDGEMENTS.c.seq > after).order_by(JUDGEMENTS.c.seq))
+        return [(row[JUDGEMENTS.c.seq], TURNS.decode(row), JUDGEMENTS.decode(row)) for row in rows]
 
     def recent_scores(self, user: str, limit: int) -> list[int]:
         """Scores of the user's newest judged turns in the order they were judged; abstentions have none."""

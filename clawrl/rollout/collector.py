@@ -25,6 +25,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -35,7 +36,7 @@ from clawrl.algorithms.hints import with_hint
 from clawrl.config import JudgeSection, LearningSection
 from clawrl.errors import ClawrlError
 from clawrl.observe import metric
-from clawrl.rollout.samples import build_sample, needs_scores, require_complete
+from clawrl.rollout.samples import build_sample, is_held_out, needs_scores, require_complete
 from clawrl.types import Judgement, NextState, Sample, Scores, Turn
 
 log = logging.getLogger(__name__)
@@ -59,10 +60,18 @@ class Collector:
     It starts by itself, so that a restarted actor goes on without being told.
     """
 
-    def __init__(self, journal: Any, judge: Any, policy: Any, judging: JudgeSection, learning: LearningSection) -> None:
+    def __init__(
+        self,
+        journal: Any,
+        judge: Any,
+        policy: Any,
+        judging: JudgeSection,
+        learning: LearningSection,
+        held_out_share: float = 0.0,
+    ) -> None:
         self._journal, self._judge = journal, judge
         self._teacher = judge if learning.teacher == "frozen" else policy
-        self._judging, self._learning = judging, learning
+        self._judging, self._learning, self._held_out_share = judging, learning, held_out_share
         self._slots = asyncio.Semaphore(judging.concurrency)
         self._turns: set[asyncio.Task[None]] = set()
         self._newest: dict[str, asyncio.Event] = {}  # per user: set when the newest turn's judgement is durable
@@ -152,6 +161,8 @@ class Collector:
         baseline = self._baseline.value(turn.user)
         try:
             sample = build_sample(turn, judgement, teacher, reference, baseline, self._learning)
+            if sample is not None and is_held_out(turn.session, self._held_out_share):
+                sample = replace(sample, held_out=True)
         except Exception:
             log.exception("event=build_failed turn=%s", turn.id)  # a defect: the judgement is kept, the flow goes on
             self._counts["build_failures"] += 1

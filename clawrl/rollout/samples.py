@@ -18,6 +18,7 @@ no teacher, no distillation; neither, no sample.
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -71,6 +72,11 @@ def build_sample(
         weight=1.0,
         at=judgement.at,
     )
+
+
+def is_held_out(session: str, share: float) -> bool:
+    """Whether a session's turns only measure candidates: a fixed `share` of all session ids, the same for ever."""
+    return int.from_bytes(hashlib.sha256(session.encode()).digest()[:8]) < share * 2**64
 
 
 def trains(turn: Turn) -> bool:

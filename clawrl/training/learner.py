@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -24,10 +25,19 @@ from clawrl.algorithms.losses import TALLIED, Targets, tallied_means, tally, tot
 from clawrl.config import LearningSection, TrainerSection
 from clawrl.errors import WeightSyncError
 from clawrl.training.model import RESHARD_ABOVE_PARAMETERS, TokenScorer, shard
-from clawrl.training.pack import PackedRow, pack, trainable
+from clawrl.training.pack import PackedRow, assign, pack, row_to_score, scored_positions, trainable
 from clawrl.types import Bucket, Canary, Sample
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReplyScores:
+    """A model's log-probabilities at the trained tokens of one sample."""
+
+    logprobs: np.ndarray  # f64[S], of the tokens themselves
+    stops: np.ndarray | None  # f64[S], of ending the reply there instead
+
 
 _LOSSES = ("loss", "loss_rl", "loss_opd", "loss_kl")
 
@@ -139,6 +149,39 @@ class Learner:
         return Canary(tuple(ids.astype(np.int32) for ids in sequences), tuple(np.split(logprobs, ends)))
 
     @torch.no_grad()
+    def score(self, samples: Sequence[Sample], stop_id: int | None, max_seconds: float) -> list[ReplyScores]:
+        """What the weights as they are say of each sample's reply; the ranks share the work.
+
+        Beyond `max_seconds` (to the precision of one pass of all ranks) the samples left are not scored: the answer
+        is as long as the first ones that were.
+        """
+        started = time.perf_counter()
+        found: list[ReplyScores] = []
+        self._scorer.eval()
+        while len(found) < len(samples):
+            chunk = _within(samples[len(found) :], self.world * self._settings.pack_tokens)
+            scores, elapsed_s = self._score_chunk(chunk, stop_id, started)
+            found += scores
+            if elapsed_s > max_seconds:
+                break
+        self._scorer.train()
+        self._reshard()
+        return found
+
+    def finite(self) -> bool:
+        """Whether every weight is a finite number."""
+        bad = [(~local.isfinite()).sum().double() for local in map(_local, self._parameters.values())]
+        total = torch.stack(bad).sum()
+        dist.all_reduce(total, group=self._mesh.get_group())
+        return total.item() == 0
+
+    def weight_norm(self) -> float:
+        """The length of all weights taken as one vector."""
+        total = _square_sum([_local(parameter) for parameter in self._parameters.values()])
+        dist.all_reduce(total, group=self._mesh.get_group())
+        return total.sqrt().item()
+
+    @torch.no_grad()
     def buckets(self, bucket_bytes: int) -> Iterator[Bucket | None]:
         """The whole model in the compute type, bucket by bucket; bucket i only on rank i % world, None elsewhere."""
         for index, names in enumerate(self._plan(bucket_bytes)):
@@ -164,6 +207,34 @@ class Learner:
         self.reset_optimizer()
 
     # --- inside ---
+
+    def _score_chunk(
+        self, samples: Sequence[Sample], stop_id: int | None, started: float
+    ) -> tuple[list[ReplyScores], float]:
+        """Scores of a few samples, and the ranks' mean time since `started`: each fills in its rows, all add up."""
+        lengths = [len(scored_positions(sample)) for sample in samples]
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        table = torch.zeros(2 * int(starts[-1]) + 1, dtype=torch.float64, device=self._device)
+        logprobs, stops = table[: starts[-1]], table[starts[-1] : -1]
+        for chosen in assign(samples, world=self.world, pack_tokens=self._settings.pack_tokens)[self.rank]:
+            row = row_to_score([samples[i] for i in chosen])
+            stop = np.full((len(row.positions), int(stop_id is not None)), stop_id or 0)
+            scored = self._scorer(
+                self._tensor(row.token_ids), self._tensor(row.position_ids), row.bounds,
+                self._tensor(row.positions), self._tensor(row.targets), self._tensor(stop),
+            )  # fmt: skip
+            if chosen:
+                at = self._tensor(np.concatenate([np.arange(starts[i], starts[i + 1]) for i in chosen]))
+                logprobs[at] = scored.logprobs.double()
+                if stop_id is not None:
+                    stops[at] = scored.support[:, 0].double()
+        table[-1] = (time.perf_counter() - started) / self.world
+        dist.all_reduce(table, group=self._mesh.get_group())
+        columns = table[:-1].view(2, -1).cpu().numpy()
+        return [
+            ReplyScores(logprobs, stops if stop_id is not None else None)
+            for logprobs, stops in zip(*(np.split(column, starts[1:-1]) for column in columns), strict=True)
+        ], table[-1].item()
 
     def _step(self, rows: Sequence[PackedRow]) -> dict[str, float]:
         sums = torch.zeros(len(_LOSSES), dtype=torch.float64, device=self._device)
@@ -262,6 +333,12 @@ class Learner:
         for module in self._scorer.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+def _within(samples: Sequence[Sample], tokens: int) -> Sequence[Sample]:
+    """As many of the first samples as have at most `tokens` tokens together; one at least."""
+    totals = np.cumsum([len(sample.token_ids) for sample in samples])
+    return samples[: max(1, int(np.searchsorted(totals, tokens, side="right")))]
 
 
 def _batch_metrics(samples: Sequence[Sample]) -> dict[str, float]:

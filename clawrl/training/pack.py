@@ -12,7 +12,7 @@ positions that predict a trained token are scored: the row lists them, so that n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -58,15 +58,28 @@ def pack(
         raise ValueError("pack got no sample; an empty batch has nothing to train on")
     weights = _token_weights(samples, normalise)
     width = max((sample.distillation.support.shape[1] for sample in samples if sample.distillation), default=0)
+    return [
+        [_row([samples[i] for i in chosen], [weights[i] for i in chosen], width, version) for chosen in rows]
+        for rows in assign(samples, world=world, pack_tokens=pack_tokens)
+    ]
+
+
+def assign(samples: Sequence[Sample], *, world: int, pack_tokens: int) -> list[list[list[int]]]:
+    """Indexes of the samples in every row of each rank, [world][n]; a rank may have rows without any."""
     bins = balance([len(sample.token_ids) for sample in samples], world=world, capacity=pack_tokens)
-    rows = [_row([samples[i] for i in chosen], [weights[i] for i in chosen], width, version) for chosen in bins]
-    ranks: list[list[PackedRow]] = [[] for _ in range(world)]
-    for start in range(0, len(rows), world):
+    ranks: list[list[list[int]]] = [[] for _ in range(world)]
+    for start in range(0, len(bins), world):
         # Rows come heaviest first; turning round at every pass keeps the ranks' totals close.
         order = range(world) if (start // world) % 2 == 0 else reversed(range(world))
         for offset, rank in enumerate(order):
-            ranks[rank].append(rows[start + offset])
+            ranks[rank].append(bins[start + offset])
     return ranks
+
+
+def row_to_score(samples: Sequence[Sample]) -> PackedRow:
+    """A row whose scored positions are those of `samples`, in their order, for a forward pass without a loss."""
+    bare = [replace(sample, distillation=None) for sample in samples]
+    return _row(bare, [1.0] * len(bare), 0, None)
 
 
 def balance(lengths: Sequence[int], *, world: int, capacity: int) -> list[list[int]]:

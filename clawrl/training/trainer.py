@@ -4,7 +4,7 @@ Consumes the buffer's batches; waits for them in short turns; unblocks replicas 
 
     rank 0: store.latest ─► buffer.take(step) ─► broadcast ─┐
     all:                                     load │ train │ wait │ close
-                                              │      └► update ► hold buckets ► canary ► checkpoint ► barrier
+                                              │      └► update ► gate ► hold buckets ► canary ► checkpoint ► barrier
     rank 0:                                   │             store.offer ► buffer.release ► buffer.advance
                                               └► weights and moments of the head, where it is not what this group holds
 
@@ -21,8 +21,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -35,13 +35,15 @@ import torch.distributed as dist
 from ray.train.torch import TorchTrainer
 from torch.distributed.device_mesh import init_device_mesh
 
-from clawrl.config import LearningSection, TrainerSection, VersionsSection, model_path
+from clawrl.config import GateSection, LearningSection, TrainerSection, VersionsSection, model_path
 from clawrl.observe import metric
+from clawrl.training.gate import decide
+from clawrl.training.inspection import Inspection
 from clawrl.training.learner import Learner
 from clawrl.training.resume import TrainerCheckpoints
 from clawrl.training.versions import LINE, lag
 from clawrl.training.weights import Head
-from clawrl.types import Batch, Bucket, WeightVersion
+from clawrl.types import Batch, Bucket, GateDecision, Sample, WeightVersion
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +76,8 @@ class TrainLoop:
     model: str  # folder or Hugging Face name of version 0
     buffer: Any  # handles of the actors
     store: Any
+    journal: Any = None  # asked for held-out turns; needed where the gate is enabled
+    gate: GateSection = field(default_factory=lambda: GateSection(enabled=False))
 
 
 class _Order(NamedTuple):
@@ -82,6 +86,7 @@ class _Order(NamedTuple):
     kind: Literal["load", "train", "wait", "close"]
     head: Head
     batch: Batch | None = None
+    held_out: Sequence[tuple[Sample, int | None]] = ()  # what the version will be measured on
 
 
 def run_trainer(
@@ -142,7 +147,15 @@ def train_worker(config: dict[str, Any]) -> None:
     model = model_path(loop.model)
     learner = Learner(model, settings, loop.learning, mesh)
     checkpoints = TrainerCheckpoints(config["checkpoints"], settings.checkpoint_every)
-    _Worker(loop, learner, checkpoints, canary_sequences(model)).run()
+    inspection = Inspection(learner, loop.gate, stop_token(model))
+    _Worker(loop, learner, checkpoints, inspection, canary_sequences(model)).run()
+
+
+def stop_token(model: str) -> int | None:
+    """The token that ends a reply, if the model's folder names a single one."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model).eos_token_id
 
 
 def canary_sequences(model: str) -> tuple[np.ndarray, ...]:
@@ -157,9 +170,15 @@ class _Worker:
     """One rank's loop. Every method but those of rank 0 alone is called by all ranks together."""
 
     def __init__(
-        self, loop: TrainLoop, learner: Learner, checkpoints: TrainerCheckpoints, canary: tuple[np.ndarray, ...]
+        self,
+        loop: TrainLoop,
+        learner: Learner,
+        checkpoints: TrainerCheckpoints,
+        inspection: Inspection,
+        canary: tuple[np.ndarray, ...],
     ) -> None:
         self._loop, self._learner, self._checkpoints, self._canary = loop, learner, checkpoints, canary
+        self._inspection = inspection
         self._store, self._buffer = loop.store, loop.buffer
         self._version = 0  # the weights this group holds; those of the model's folder at first
 
@@ -174,7 +193,7 @@ class _Worker:
             if order.kind == "load":
                 self._load(order.head)
             elif order.kind == "train" and order.batch is not None:
-                self._train(order.head, order.batch)
+                self._train(order)
 
     def _agree(self) -> _Order:
         """Rank 0 decides, all hear it. At most about TAKE_TIMEOUT_S apart, so no collective times out."""
@@ -193,7 +212,11 @@ class _Worker:
         batch: Batch | None = ray.get(self._buffer.take.remote(head.next_number, TAKE_TIMEOUT_S))
         if batch is None:
             return _Order("wait", head)
-        return _Order("close", head) if batch.step < 0 else _Order("train", head, batch)
+        if batch.step < 0:
+            return _Order("close", head)
+        gate = self._loop.gate
+        held_out = ray.get(self._loop.journal.held_out.remote(gate.size)) if gate.enabled else []
+        return _Order("train", head, batch, held_out)
 
     def _load(self, head: Head) -> None:
         """Take over the head: weights from the store, each rank its rows, and the moments that go with them."""
@@ -203,18 +226,24 @@ class _Worker:
             self._learner.load(_fetched(self._store, head.number))
         self._version = head.number
 
-    def _train(self, head: Head, batch: Batch) -> None:
-        """Update, publish, and settle the batch; the version may still be refused, then the head says so."""
+    def _train(self, order: _Order) -> None:
+        """Update, examine, publish, and settle the batch; a version may still be refused, then the head says so."""
+        head, batch = order.head, order.batch
+        assert batch is not None
         line = (head.next_number, *head.line)[:LINE]
         _seed(self._loop.trainer.seed, step=head.next_number, rank=self._learner.rank)
+        self._inspection.begin(head.number, order.held_out)
         metrics = self._learner.update(batch.samples, head.number)
         metrics["lag_mean"] = float(np.mean([lag(head.line, sample.newest_version) for sample in batch.samples]))
         self._version = head.next_number
+        decision = self._examined(line, metrics)
+        serves = decision is None or decision.passed
         started = time.perf_counter()
-        num_buckets = self._hold(self._version)
+        num_buckets = self._hold(self._version) if serves else 0
         canary = self._learner.canary(self._canary)
         publish_s, started = time.perf_counter() - started, time.perf_counter()
-        self._checkpoints.save(line, self._learner.state())
+        if serves:
+            self._checkpoints.save(line, self._learner.state())
         metrics |= {"publish_s": publish_s, "checkpoint_s": time.perf_counter() - started}
         dist.barrier()
         if self._learner.rank == 0:
@@ -227,7 +256,18 @@ class _Worker:
                 metrics=metrics,
                 at=time.time(),
             )
-            self._settle(version, num_buckets, canary, line)
+            self._settle(version, num_buckets, canary, line, decision)
+
+    def _examined(self, line: tuple[int, ...], metrics: dict[str, float]) -> GateDecision | None:
+        """The gate's decision on the weights as they are, taken by rank 0 for all; None where there is no gate."""
+        if not self._loop.gate.enabled:
+            return None
+        evidence = self._inspection.end(line, metrics.get("update_norm", 0.0))
+        box: list[GateDecision | None] = [None]
+        if self._learner.rank == 0:
+            box[0] = decide(evidence, self._loop.gate, self._version, seconds=self._inspection.seconds, at=time.time())
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
 
     def _hold(self, number: int) -> int:
         """Every rank sends the buckets it gathered; returns how many there are in all."""
@@ -240,13 +280,23 @@ class _Worker:
         ray.get(sent)
         return num_buckets
 
-    def _settle(self, version: WeightVersion, num_buckets: int, canary: Any, line: tuple[int, ...]) -> None:
+    def _settle(
+        self,
+        version: WeightVersion,
+        num_buckets: int,
+        canary: Any,
+        line: tuple[int, ...],
+        decision: GateDecision | None,
+    ) -> None:
         """Rank 0: offer the version and, once it is recorded, let go of its batch."""
         started = time.perf_counter()
-        if not ray.get(self._store.offer.remote(version, num_buckets, canary)):
+        if not ray.get(self._store.offer.remote(version, num_buckets, canary, decision)):
             logger.warning("event=version_refused version=%d parent=%s", version.number, version.parent)
             return
-        ray.get([self._buffer.release.remote(version.number), self._buffer.advance.remote(line)])
+        ray.get(self._buffer.release.remote(version.number))
+        if decision is not None and not decision.passed:  # nothing is older for a version that nobody gets
+            return
+        ray.get(self._buffer.advance.remote(line))
         metrics = version.metrics
         metric("trainer/step_num").set(version.number)
         for name, key in (("trainer/loss_value", "loss"), ("trainer/lag_num", "lag_mean")):

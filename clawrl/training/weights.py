@@ -39,7 +39,7 @@ from clawrl.training.checkpoint import (
 )
 from clawrl.training.history import apart, difference, listing
 from clawrl.training.versions import Registry, canary_distance, canary_verdict
-from clawrl.types import Bucket, Canary, Pin, Publication, Swap, VersionEvent, WeightVersion
+from clawrl.types import Bucket, Canary, GateDecision, Pin, Publication, Swap, VersionEvent, WeightVersion
 
 logger = logging.getLogger(__name__)
 
@@ -103,17 +103,25 @@ class WeightStore:
         self._canaries[number] = canary
         await asyncio.to_thread(write_canary, self._folder / str(number), canary)
 
-    async def offer(self, version: WeightVersion, num_buckets: int, canary: Canary) -> bool:
+    async def offer(
+        self, version: WeightVersion, num_buckets: int, canary: Canary, decision: GateDecision | None = None
+    ) -> bool:
         """Take the held buckets as a version: on disk, then in the journal, then desired. Offered again, it is known.
 
         In this order a version in the journal always has its checkpoint, and no replica serves one that a crash
         could make number anew. False: the parent was rejected meanwhile, nothing is recorded, and the batch is to be
-        trained again from the new head. Raises WeightSyncError if buckets are missing or the number is not the next.
+        trained again from the new head. A version that did not pass the gate is recorded as rejected, with what it
+        consumed, and its weights are not kept. Raises WeightSyncError if buckets are missing or the number is not
+        the next.
         """
         registry = await self._known()
         async with self._offering:
             if version.number in registry:
                 return True
+            if decision is not None:
+                await self._journal.append.remote(decision)
+            if decision is not None and not decision.passed:
+                return await self._refuse(registry, version, decision)
             held = self._held.get(version.number, {})
             if sorted(held) != list(range(num_buckets)):
                 raise WeightSyncError(f"version {version.number} has buckets {sorted(held)} of {num_buckets}; hold all")
@@ -131,6 +139,41 @@ class WeightStore:
         await self._forget_old(registry)
         await self._wake()
         return True
+
+    async def _refuse(self, registry: Registry, version: WeightVersion, decision: GateDecision) -> bool:
+        """Record a version that the gate stopped: never desired, its samples consumed, training back at its parent."""
+        if not await self._enter(registry, version, refused=f"gate: {decision.reason}"):
+            return False
+        self._last_step = version.metrics
+        metric("versions/gate_rejections_num").inc()
+        logger.warning("event=gate_rejects version=%d reason=%r", version.number, decision.reason)
+        return True
+
+    async def withdraw(self, decision: GateDecision) -> None:
+        """Record what the watch found; a failed decision rejects its version and all that was trained from it.
+
+        Back goes as far as weights are kept: if the version's parent is gone from the disk, to the oldest of its
+        successors that is not. Then `versions.keep` was too small for this.
+        """
+        registry = await self._known()
+        async with self._removing:
+            on_disk = {0, *await asyncio.to_thread(_numbers, self._folder)}
+
+            def change(changed: Registry) -> list[VersionEvent]:
+                line = [each for each in sorted(changed.states()) if each >= decision.version]
+                served = [each for each in line if changed.state(each) != "rejected"]
+                back = [each for each in served if changed.parent(each) in on_disk]
+                if decision.passed or changed.state(decision.version) == "rejected" or not back:
+                    return []
+                return changed.reject(back[0], f"watch: {decision.reason}", decision.at)
+
+            events = await self._decide(registry, change, decision)
+        if events:
+            metric("versions/rollbacks_num").inc()
+        logger.warning(
+            "event=watch version=%d passed=%s serves=%d reason=%r",
+            decision.version, decision.passed, registry.desired, decision.reason,
+        )  # fmt: skip
 
     # --- the replicas' side ---
 
@@ -320,12 +363,14 @@ class WeightStore:
                 return number, str(error)
         return None
 
-    async def _enter(self, registry: Registry, version: WeightVersion) -> bool:
-        """Record a version as a candidate; false if its parent was rejected meanwhile."""
+    async def _enter(self, registry: Registry, version: WeightVersion, refused: str | None = None) -> bool:
+        """Record a version as a candidate, or at once as rejected; false if its parent was rejected meanwhile."""
         async with self._deciding:
             if version.parent is not None and registry.state(version.parent) == "rejected":
                 return False
             event = registry.candidate(version.number, version.parent, time.time())
+            if refused is not None:
+                event = replace(event, state="rejected", reason=refused)
             await self._journal.record_version.remote(version, event)
             registry.add(event, version.parent)
         return True

@@ -151,6 +151,50 @@ def test_a_child_of_a_rejected_version_is_refused_not_recorded(setup):
     assert get(setup.store.latest.remote()) == Head(2, 3)
 
 
+def verdict(number: int, passed: bool, stage: Any = "before") -> GateDecision:
+    return GateDecision(number, stage, passed, "for a test", (), 0.1, time.time())
+
+
+def test_a_version_that_fails_the_gate_serves_nobody_and_its_samples_are_spent(setup):
+    setup.publish(1, 0)
+    setup.report(1, error=1e-5)
+    refused = WeightVersion(2, 1, "full", None, ("sample-2",), {"loss": 1.0}, time.time())
+    assert get(setup.store.offer.remote(refused, 0, canary(-1.0), verdict(2, False)))
+    assert setup.states()[2] == "rejected"
+    assert get(setup.store.wait.remote("a", 1, 0.05)) is None
+    assert get(setup.store.latest.remote()) == Head(1, 3)
+    assert get(setup.journal.counts.remote())["consumed"] == 2
+    assert [decision.passed for decision in get(setup.journal.gate_decisions.remote())] == [False]
+    assert not (setup.folder / "versions" / "2").exists()
+    ray.kill(setup.store)
+    setup.restart()
+    assert get(setup.store.latest.remote()) == Head(1, 3)
+    assert get(setup.store.status.remote())["desired"] == 1
+
+
+def test_what_people_said_takes_versions_back(setup):
+    for number in (1, 2):
+        setup.publish(number, number - 1)
+        setup.report(number, error=1e-5)
+    get(setup.store.withdraw.remote(verdict(2, True, "after")))
+    assert setup.states()[2] == "serving"
+    get(setup.store.withdraw.remote(verdict(2, False, "after")))
+    assert (setup.states()[1], setup.states()[2]) == ("serving", "rejected")
+    assert get(setup.store.wait.remote("a", 2, 5.0)).number == 1
+    get(setup.store.withdraw.remote(verdict(2, False, "after")))  # gone already: recorded, nothing else
+    assert setup.states()[1] == "serving"
+    assert [decision.passed for decision in get(setup.journal.gate_decisions.remote())] == [True, False, False]
+
+
+def test_the_way_back_ends_where_weights_are_kept(setup):
+    for number in (1, 2, 3, 4):
+        setup.publish(number, number - 1)
+        setup.report(number, error=1e-5)
+    assert not (setup.folder / "versions" / "1").exists()
+    get(setup.store.withdraw.remote(verdict(2, False, "after")))
+    assert {number: setup.states()[number] for number in (2, 3, 4)} == {2: "retired", 3: "serving", 4: "rejected"}
+
+
 def test_a_publish_that_changed_nothing_is_rejected(setup):
     setup.publish(1, 0, scale=1.5)
     setup.report(1, error=1e-5)

@@ -279,6 +279,24 @@ class TestLookUps:
         assert store.recent_scores("ann", 2) == [0, 1]
         assert store.recent_scores("bob", 2) == []
 
+    def test_held_out_samples_measure_and_are_not_trained_on(self, store):
+        for name, held, score in (("a", True, 1), ("b", False, 1), ("c", True, None), ("d", True, -1)):
+            store.append(turn(name), dataclasses.replace(sample(name), held_out=held), judgement(name, score))
+        assert [found.id for _, found in store.samples_to_train(0, 10)] == ["b"]
+        assert [(found.id, score) for found, score in store.held_out(10)] == [("d", -1), ("c", None), ("a", 1)]
+        assert [found.id for found, _ in store.held_out(2)] == ["d", "c"]
+        assert store.counts()["held_out"] == 3
+
+    def test_judged_turns_of_people(self, store):
+        store.append(turn("a"), turn("b", source="terminal"), turn("c"), turn("d"))
+        for name in ("c", "b", "a"):
+            store.append(judgement(name, 1))
+        found = store.judged_turns(0, 10)
+        assert [(each.id, judged.turn) for _, each, judged in found] == [("c", "c"), ("a", "a")]
+        assert [each.id for _, each, _ in store.judged_turns(found[0][0], 10)] == ["a"]
+        assert [each.id for _, each, _ in store.judged_turns(None, 1)] == ["a"]
+        assert [each.id for _, each, _ in store.judged_turns(None, 10)] == ["c", "a"]
+
     def test_counts(self, store):
         store.append(turn("a"), turn("b", kind="side"), next_state("a"), sample("a"), sample("b"))
         store.append(judgement("a", None), judgement("b", 1, ("be brief", "be kind")), judgement("c", 0))
@@ -293,6 +311,7 @@ class TestLookUps:
             "abstentions": 1,
             "hints": 1,
             "samples": 2,
+            "held_out": 0,
             "consumed": 1,
             "versions": 2,
             "swaps": 1,

@@ -9,7 +9,7 @@ import pytest
 
 from clawrl.config import LearningSection
 from clawrl.errors import JudgeError
-from clawrl.rollout.samples import build_sample, needs_scores, require_complete, trains
+from clawrl.rollout.samples import build_sample, is_held_out, needs_scores, require_complete, trains
 from clawrl.testing import ScriptedJudge, ScriptedPolicy, render
 from clawrl.types import Capture, Judgement, Scores, Turn, VersionSpan
 
@@ -299,3 +299,12 @@ def test_a_hint_changes_what_the_scripted_teacher_says_of_every_token():
     scores = asyncio.run(ScriptedPolicy().score_messages(hinted, (), {}, turn.capture.completion_ids, 4))
     assert (np.abs(scores.logprobs - turn.capture.logprobs) > 1e-3).all()
     np.testing.assert_array_equal(render(turn.messages, (), {}), turn.capture.prompt_ids)
+
+
+def test_a_fixed_share_of_sessions_is_held_out():
+    names = [f"session-{i}" for i in range(4000)]
+    held = [name for name in names if is_held_out(name, 0.1)]
+    assert 0.08 < len(held) / len(names) < 0.12
+    assert all(is_held_out(name, 0.2) for name in held)  # a larger share holds out more, and never others instead
+    assert not any(is_held_out(name, 0.0) for name in names)
+    assert [name for name in names if is_held_out(name, 0.1)] == held

@@ -80,6 +80,8 @@ class Policy(Scorer):
         try:
             answer = await self._chat.create_chat_completion(request)
         except Exception as error:
+            if self._engine.errored:  # this process is about to end, and the gateway asks another replica
+                await asyncio.Event().wait()
             yield _refused(error)
             return
         if hasattr(answer, "error"):

@@ -41,7 +41,6 @@ Write = Callable[[Connection], None]
 
 _IN_ONE_QUERY = 500  # ids; databases bound the number of parameters
 
-
 _COUNTED: dict[Any, list[tuple]] = {
     TURNS.c.seq: [("turns",), ("main_turns", TURNS.c.kind == "main")],
     NEXT_STATES.c.seq: [("next_states",)],

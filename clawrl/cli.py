@@ -7,11 +7,11 @@ import json
 import sys
 from typing import Any
 
-import httpx
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from clawrl.commands.client import add_url, get
 from clawrl.config import load_config
 from clawrl.errors import ClawrlError, ConfigError
 from clawrl.observe import set_up_logging
@@ -41,10 +41,10 @@ def _parser() -> argparse.ArgumentParser:
     add_config_options(serve)
     serve.set_defaults(run=_serve)
     chat = commands.add_parser("chat", help="talk to a running clawrl in the terminal")
-    _add_url(chat)
+    add_url(chat)
     chat.set_defaults(run=_chat)
     status = commands.add_parser("status", help="versions, buffer and losses of a running clawrl")
-    _add_url(status)
+    add_url(status)
     status.add_argument("--json", action="store_true", help="print what /status says as it is")
     status.set_defaults(run=_status)
     return parser
@@ -63,10 +63,6 @@ def config_of(options: argparse.Namespace) -> Any:
     return load_config(options.config, [*method, *options.overrides])
 
 
-def _add_url(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--url", default="http://127.0.0.1:30000", help="where clawrl serves (default: %(default)s)")
-
-
 def _serve(options: argparse.Namespace) -> int:
     config = config_of(options)
     from clawrl.main import serve_until_stopped  # vLLM, Ray and torch load only when needed
@@ -76,7 +72,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    status = _get(options.url, "/status")
+    status = get(options.url, "/status")
     if options.json:
         print(json.dumps(status, indent=2))
         return 0
@@ -103,7 +99,7 @@ def _chat(options: argparse.Namespace) -> int:
     """A conversation with streamed replies; each message of yours is what the reply before it learns from."""
     import openai
 
-    model = _get(options.url, "/v1/models")["data"][0]["id"]
+    model = get(options.url, "/v1/models")["data"][0]["id"]
     client = openai.OpenAI(base_url=f"{options.url}/v1", api_key="none")
     messages: list[Any] = []
     console.print("[dim]An empty line or Ctrl-D ends the conversation.[/dim]")
@@ -134,18 +130,6 @@ def _stream(client: Any, model: str, messages: list[Any]) -> str:
             print(text, end="", flush=True)
     print()
     return "".join(parts)
-
-
-def _get(url: str, path: str) -> Any:
-    """A JSON answer of a running clawrl. Raises ClawrlError when nobody answers there."""
-    try:
-        response = httpx.get(url + path, timeout=10)
-        response.raise_for_status()
-        return response.json()
-    except (httpx.HTTPError, ValueError) as error:
-        raise ClawrlError(
-            f"no clawrl answers at {url} ({error}); start one with `clawrl serve`, or give --url"
-        ) from error
 
 
 if __name__ == "__main__":

@@ -108,11 +108,13 @@ class System:
         buffer = self._actor("buffer", ReplayBuffer, config.buffer, journal)
         say(f"starting {config.policy.replicas} policy and {config.judge.replicas} judge engines (vLLM)")
         told = {"versions": (store, "status"), "buffer": (buffer, "stats"), "journal": (journal, "counts")}
+        admin: dict[str, tuple[Any, str]] = {}
         application = app.build(
             config,
             store=(store, f"{NAMESPACE}-weights"),
             journal=journal,
             status=told,
+            admin=admin,
             here=ray.util.get_node_ip_address(),
         )
         start_serve()

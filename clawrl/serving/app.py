@@ -10,6 +10,7 @@ from typing import Any
 from ray import serve
 
 from clawrl.config import Config, EngineSection
+from clawrl.serving.admin import Acts
 from clawrl.serving.gateway import Gateway
 from clawrl.serving.judge import Judge
 from clawrl.serving.policy import Policy
@@ -19,9 +20,16 @@ CPU_SHARE = {"gateway": 0.1, "policy": 0.2, "judge": 0.2}
 
 
 def build(
-    config: Config, *, store: tuple[Any, str] | None, journal: Any, status: dict[str, tuple[Any, str]], here: str
+    config: Config,
+    *,
+    store: tuple[Any, str] | None,
+    journal: Any,
+    status: dict[str, tuple[Any, str]],
+    admin: Acts,
+    here: str,
 ) -> Any:
-    """The Serve application. `store` is the weight store's handle and name; `status` names who tells what.
+    """The Serve application. `store` is the weight store's handle and name; `status` and `admin` name who tells and
+    who does what.
 
     `here` is the address of the node whose port the gateway opens, as Ray writes it.
     """
@@ -29,10 +37,12 @@ def build(
     judge = _engine_deployment(Judge, "judge", config.judge).bind(config.judge, hints)
     policy = _engine_deployment(Policy, "policy", config.policy).bind(config.policy, store)
     told = {"policy": (policy, "status"), "judge": (judge, "status"), **status}
-    return bind_gateway(config, policy, journal, told, here)
+    return bind_gateway(config, policy, journal, told, admin, here)
 
 
-def bind_gateway(config: Config, policy: Any, journal: Any, status: dict[str, tuple[Any, str]], here: str) -> Any:
+def bind_gateway(
+    config: Config, policy: Any, journal: Any, status: dict[str, tuple[Any, str]], admin: Acts, here: str
+) -> Any:
     """The door, on the node `here`, in front of a policy deployment."""
     gateway = serve.deployment(
         serve.ingress()(Gateway),
@@ -43,7 +53,7 @@ def bind_gateway(config: Config, policy: Any, journal: Any, status: dict[str, tu
         graceful_shutdown_timeout_s=5,
         ray_actor_options={"num_cpus": CPU_SHARE["gateway"], "resources": {f"node:{here}": 0.001}},
     )
-    return gateway.bind(config.gateway, config.policy, policy, journal, status)
+    return gateway.bind(config.gateway, config.policy, policy, journal, status, admin)
 
 
 def _engine_deployment(cls: type, name: str, settings: EngineSection) -> Any:

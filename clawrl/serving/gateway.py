@@ -26,6 +26,7 @@ from clawrl.config import GatewaySection, PolicySection
 from clawrl.errors import ClawrlError, GatewayError
 from clawrl.observe import metric
 from clawrl.serving import replay
+from clawrl.serving.admin import Acts, act, require_local
 from clawrl.serving.capture import Finished, Refused, ReplyAssembler, reply_message
 from clawrl.serving.listener import ClientGone, InTurn, Listener, Slots, while_connected
 from clawrl.serving.sessions import Identity, continuation, digest, identify
@@ -52,7 +53,8 @@ class Place:
 class Gateway:
     """One replica; `serving/app.py` makes it a Serve ingress.
 
-    `policy` and `journal` are handles; `status` maps a name to the handle and method that answer under it.
+    `policy` and `journal` are handles; `status` maps a name to the handle and method that answer under it, and so
+    does `admin` for what an operator may do.
     """
 
     async def __init__(
@@ -62,6 +64,7 @@ class Gateway:
         policy: Any,
         journal: Any,
         status: dict[str, tuple[Any, str]],
+        admin: Acts,
     ) -> None:
         self._settings = settings
         self._policy_settings = policy_settings
@@ -69,6 +72,7 @@ class Gateway:
         self._stream = policy.options(stream=True)
         self._journal = journal
         self._status = status
+        self._admin = admin
         self._app = self._routes()
         self._listener = Listener(self._app, settings.host, settings.port)
 
@@ -92,6 +96,7 @@ class Gateway:
         api.get("/status")(self.status)
         api.get("/v1/models")(self.models)
         api.post(CHAT)(self.chat_completions)
+        api.post("/admin/{name}")(self.administer)
         return InTurn(Slots(api, frozenset([CHAT]), self._settings.max_concurrent_requests))
 
     async def healthz(self) -> Response:
@@ -121,6 +126,19 @@ class Gateway:
             "max_model_len": settings.max_model_len,
         }
         return JSONResponse({"object": "list", "data": [card]})
+
+    async def administer(self, name: str, request: Request) -> Response:
+        """An operator's act, its keyword arguments in the body."""
+        try:
+            require_local(request.client.host if request.client else None)
+            arguments = await read_json(request, self._settings.max_body_mib)
+            return JSONResponse(await act(self._admin, name, arguments))
+        except GatewayError as error:
+            return JSONResponse(error.body(), status_code=error.status)
+        except Exception as error:
+            log.exception("event=act_failed name=%s", name)
+            failure = GatewayError(f"{name} failed ({type(error).__name__}); see the log of the run", status=500)
+            return JSONResponse(failure.body(), status_code=500)
 
     async def chat_completions(self, request: Request) -> Response:
         arrived = time.time()

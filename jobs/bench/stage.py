@@ -57,7 +57,7 @@ def _up(config: Config, policy: type[Policy], folder: str, with_store: bool) -> 
     served = serve.deployment(policy, name="policy", max_ongoing_requests=1024, ray_actor_options={"num_cpus": 0.2})
     engine = served.bind(config.policy, None if store is None else (store, STORE))
     main.start_serve()
-    gateway = app.bind_gateway(config, engine, journal, {}, ray.util.get_node_ip_address())
+    gateway = app.bind_gateway(config, engine, journal, {}, {}, ray.util.get_node_ip_address())
     serve.run(gateway, name=APPLICATION)
     url = f"http://{config.gateway.host}:{config.gateway.port}/v1"
     return Stage(url, serve.get_deployment_handle("policy", APPLICATION), journal, store)

@@ -21,7 +21,8 @@ LEVELS = {
     "rollout": 4,
     "training": 4,
     "main": 5,
-    "cli": 6,
+    "commands": 6,
+    "cli": 7,
 }
 """A module imports from its own part or from lower levels; parts of one level above 0 never import each other."""
 

@@ -1,21 +1,25 @@
 """The journal's transactions and look-ups over one SQL database, synchronous; `actor` adds concurrency.
 
 Knows how a commit becomes durable, which appends repeat an earlier one, and the queries of the program. Ignores Ray,
-asyncio and who asks. One connection writes; readers have their own and are never blocked by it (SQLite: WAL).
+asyncio and who asks. One connection writes; readers have their own and are never blocked by it.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import threading
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import Connection, Select, Table, func, insert, inspect, select, update
+from sqlalchemy import Connection, Select, delete, func, insert, inspect, select, update
 
 from clawrl.errors import JournalError
-from clawrl.journal.database import connect, insert_new, parse_url, refusing
+from clawrl.journal import queues
+from clawrl.journal.database import insert_new, open_database, parse_url, refusing
+from clawrl.journal.migrations import migrate
 from clawrl.journal.tables import (
     CONSUMPTIONS,
+    FEEDBACK,
     JUDGEMENTS,
     META,
     METADATA,
@@ -25,6 +29,8 @@ from clawrl.journal.tables import (
     SCHEMA,
     SWAPS,
     TURNS,
+    UNJUDGED,
+    UNTRAINED,
     VERSIONS,
     RecordTable,
 )
@@ -34,125 +40,69 @@ Write = Callable[[Connection], None]
 """One caller's rows, written all or none, in a transaction that others may share."""
 
 
-class JournalStore:
-    """Appends and reads records. Safe for one writing thread and any number of reading ones.
+_COUNTED: dict[Any, list[tuple]] = {
+    TURNS.c.seq: [("turns",), ("main_turns", TURNS.c.kind == "main")],
+    NEXT_STATES.c.seq: [("next_states",)],
+    JUDGEMENTS.c.seq: [
+        ("judgements",),
+        ("abstentions", JUDGEMENTS.c.score.is_(None)),
+        ("hints", JUDGEMENTS.c.hints != "[]"),
+    ],
+    SAMPLES.c.seq: [("samples",)],
+    CONSUMPTIONS.c.version: [("consumed",)],
+    VERSIONS.c.seq: [("versions",)],
+    SWAPS.c.seq: [("swaps",)],
+}
+"""What `counts` counts, by the column that only grows from commit to commit."""
+
+
+class JournalReader:
+    """Reads a journal, beside the process that writes it too. Safe for any number of threads.
 
     `url` is SQLAlchemy's, such as `sqlite:////path/journal.sqlite`. Raises JournalError, with the remedy, if it cannot
-    be opened for writing, is not a journal, or was written by a newer clawrl. Every method may raise JournalError.
+    be opened or holds no journal of this clawrl's schema. Every method may raise JournalError.
     """
+
+    _creates = False
 
     def __init__(self, url: str) -> None:
         parsed = parse_url(url)
         self.name = parsed.render_as_string(hide_password=True)
+        self._counting, self._counts, self._marks = threading.Lock(), Counter(), {}
         with refusing(f"journal {self.name} cannot be opened"):
-            self._reader, self._writer = connect(parsed)
+            self.database = open_database(parsed, create=self._creates)
             try:
-                self._require_schema()
+                self._open(self._schema())
             except BaseException:
                 self.close()
                 raise
 
-    def _require_schema(self) -> None:
-        """Refuse what is not ours before the first write; make the tables where there are none."""
-        with self._reader.connect() as connection:
+    def _schema(self) -> int:
+        """The schema's number, 0 for an empty database. JournalError if it is newer than ours, or no journal."""
+        with self.database.snapshot() as connection:
             tables, number = inspect(connection).get_table_names(), None
             if META.name in tables:
                 number = connection.scalar(select(META.c.value).where(META.c.name == "schema"))
         if tables and number is None:
-            raise JournalError(f"{self.name} holds another program's tables; name another file in journal.url")
+            raise JournalError(f"{self.name} holds another program's tables; name another file or database")
         if int(number or 0) > SCHEMA:
             raise JournalError(
                 f"journal {self.name} has schema {number} and this clawrl knows {SCHEMA}; "
-                "use the clawrl that wrote it, or name another file in journal.url"
+                "use the clawrl that wrote it, or name another file or database in journal.url"
             )
-        with self._writer.begin() as connection:
-            if not tables:
-                METADATA.create_all(connection)
-                connection.execute(insert(META).values(name="schema", value=str(SCHEMA)))
-            else:  # changes nothing, and proves that it can be written to
-                connection.execute(update(META).where(META.c.name == "schema").values(value=number))
+        return int(number or 0)
+
+    def _open(self, schema: int) -> None:
+        if schema == 0:
+            raise JournalError(f"{self.name} holds no journal; check the URL")
+        if schema < SCHEMA:
+            raise JournalError(
+                f"journal {self.name} has schema {schema} and this clawrl reads {SCHEMA}; "
+                "`clawrl serve` brings it up to date"
+            )
 
     def close(self) -> None:
-        self._reader.dispose()
-        self._writer.dispose()
-
-    # Writing
-
-    def append(self, *records: Any) -> None:
-        """Store records of any mix of types in one transaction; a record already there is left as it was."""
-        self._commit_alone(self.appending(*records))
-
-    def record_version(self, version: WeightVersion, event: VersionEvent | None) -> None:
-        """Store a version, the consumption of its samples and its event in one transaction; a repetition is ignored.
-
-        Raises JournalError if another version consumed one of the samples, or has the same number.
-        """
-        self._commit_alone(self.recording(version, event))
-
-    def appending(self, *records: Any) -> Write:
-        """The write of records of any mix of types; JournalError if one is of no type the journal stores."""
-        rows: defaultdict[RecordTable, list[dict[str, Any]]] = defaultdict(list)
-        for record in records:
-            with refusing(f"a {type(record).__name__} cannot be stored"):
-                table = RECORD_TABLES[type(record)]
-                rows[table].append(table.encode(record))
-
-        def write(connection: Connection) -> None:
-            for table, several in rows.items():
-                connection.execute(insert_new(table.table), several)
-
-        return write
-
-    def recording(self, version: WeightVersion, event: VersionEvent | None) -> Write:
-        """The write of a version with the consumption of its samples and its event."""
-        append = self.appending(version, *([] if event is None else [event]))
-
-        def write(connection: Connection) -> None:
-            query = select(VERSIONS.c.samples).where(VERSIONS.c.number == version.number)
-            recorded = connection.scalar(query)
-            if recorded is not None:
-                if recorded != VERSIONS.encode(version)["samples"]:
-                    raise JournalError(f"version {version.number} was recorded before with other samples; number anew")
-                return
-            query = select(CONSUMPTIONS).where(CONSUMPTIONS.c.sample.in_(version.samples))
-            taken = connection.execute(query.limit(1)).first()
-            if taken is not None:
-                raise JournalError(
-                    f"version {version.number} would learn again from sample {taken.sample}, which version "
-                    f"{taken.version} consumed; go on from the newest version"
-                )
-            append(connection)
-            rows = [{"sample": sample, "version": version.number} for sample in version.samples]
-            if rows:
-                connection.execute(insert(CONSUMPTIONS), rows)
-
-        return write
-
-    def commit(self, writes: list[Write]) -> list[JournalError | None]:
-        """Make all writes durable in one transaction; if that fails, in one each, so that only the guilty are refused.
-
-        Returns one outcome per write; None says that it is on disk.
-        """
-        outcome = self._attempt(writes)
-        if outcome is None or len(writes) == 1:
-            return [outcome] * len(writes)
-        return [self._attempt([write]) for write in writes]
-
-    def _attempt(self, writes: list[Write]) -> JournalError | None:
-        try:
-            with refusing(f"journal {self.name} refused a record"), self._writer.begin() as connection:
-                for write in writes:
-                    write(connection)
-        except JournalError as error:
-            return error
-        return None
-
-    def _commit_alone(self, write: Write) -> None:
-        [outcome] = self.commit([write])
-        if outcome is not None:
-            raise outcome
-
-    # Reading
+        self.database.close()
 
     def turn(self, id: str) -> Turn | None:
         rows = self._rows(select(TURNS.table).where(TURNS.c.id == id))
@@ -194,21 +144,23 @@ class JournalStore:
         """Main turns with a next state and no judgement, in the order of the next states' seq, beyond `after`."""
         query = (
             select(NEXT_STATES.table, TURNS.table)
+            .select_from(UNJUDGED)
+            .join(NEXT_STATES.table, NEXT_STATES.c.seq == UNJUDGED.c.seq)
             .join(TURNS.table, TURNS.c.id == NEXT_STATES.c.turn)
-            .outerjoin(JUDGEMENTS.table, JUDGEMENTS.c.turn == NEXT_STATES.c.turn)
-            .where(NEXT_STATES.c.seq > after, TURNS.c.kind == "main", JUDGEMENTS.c.seq.is_(None))
-            .order_by(NEXT_STATES.c.seq)
+            .where(UNJUDGED.c.seq > after)
+            .order_by(UNJUDGED.c.seq)
             .limit(limit)
         )
         return [(row[NEXT_STATES.c.seq], TURNS.decode(row), NEXT_STATES.decode(row)) for row in self._rows(query)]
 
     def samples_to_train(self, after: int, limit: int) -> list[tuple[int, Sample]]:
-        """Samples that no version consumed, in the order of seq, beyond `after`."""
+        """Samples that no version consumed and that are not held out, in the order of seq, beyond `after`."""
         query = (
             select(SAMPLES.table)
-            .outerjoin(CONSUMPTIONS, CONSUMPTIONS.c.sample == SAMPLES.c.id)
-            .where(SAMPLES.c.seq > after, CONSUMPTIONS.c.version.is_(None))
-            .order_by(SAMPLES.c.seq)
+            .select_from(UNTRAINED)
+            .join(SAMPLES.table, SAMPLES.c.seq == UNTRAINED.c.seq)
+            .where(UNTRAINED.c.seq > after)
+            .order_by(UNTRAINED.c.seq)
             .limit(limit)
         )
         return [(row[SAMPLES.c.seq], SAMPLES.decode(row)) for row in self._rows(query)]
@@ -234,29 +186,175 @@ class JournalStore:
         return self._all(Swap)
 
     def counts(self) -> dict[str, int]:
-        """How many of each; `hints` counts judgements that carry one, `abstentions` those without a score."""
+        """How many of each; `hints` counts judgements that carry one, `abstentions` those without a score.
 
-        def number(table: Table, *conditions: Any) -> Any:
-            return select(func.count()).select_from(table).where(*conditions).scalar_subquery()
+        Each call counts only what came since the one before.
+        """
+        with refusing(f"journal {self.name} cannot be read"), self._counting:
+            self.database.through_outages(self._count_new)
+            return dict(self._counts)
 
-        query = select(
-            number(TURNS.table).label("turns"),
-            number(TURNS.table, TURNS.c.kind == "main").label("main_turns"),
-            number(NEXT_STATES.table).label("next_states"),
-            number(JUDGEMENTS.table).label("judgements"),
-            number(JUDGEMENTS.table, JUDGEMENTS.c.score.is_(None)).label("abstentions"),
-            number(JUDGEMENTS.table, JUDGEMENTS.c.hints != "[]").label("hints"),
-            number(SAMPLES.table).label("samples"),
-            number(CONSUMPTIONS).label("consumed"),
-            number(VERSIONS.table).label("versions"),
-            number(SWAPS.table).label("swaps"),
-        )
-        return dict(self._rows(query)[0])
+    def recount(self) -> None:
+        """Rows were deleted: the next call of `counts` counts all."""
+        with self._counting:
+            self._counts, self._marks = Counter(), {}
+
+    def _count_new(self) -> None:
+        new, marks = Counter(), dict(self._marks)
+        with self.database.snapshot() as connection:
+            for mark, kinds in _COUNTED.items():
+                numbers = [func.count().filter(*conditions).label(name) for name, *conditions in kinds]
+                query = select(func.max(mark).label("mark"), *numbers)
+                if mark in marks:  # not asked for at first: the smallest index will do then
+                    query = query.where(mark > marks[mark])
+                found = dict(connection.execute(query).mappings().one())
+                newest = found.pop("mark")
+                if newest is not None:
+                    marks[mark] = newest
+                new.update(found)
+        self._counts.update(new)
+        self._marks = marks
 
     def _all(self, kind: type) -> list[Any]:
         records = RECORD_TABLES[kind]
         return [records.decode(row) for row in self._rows(select(records.table).order_by(records.c.seq))]
 
     def _rows(self, query: Select) -> list[Any]:
-        with refusing(f"journal {self.name} cannot be read"), self._reader.connect() as connection:
-            return list(connection.execute(query).mappings())
+        def read() -> list[Any]:
+            with self.database.reader.connect() as connection:
+                return list(connection.execute(query).mappings())
+
+        with refusing(f"journal {self.name} cannot be read"):
+            return self.database.through_outages(read)
+
+
+class JournalStore(JournalReader):
+    """Appends records too. Safe for one writing thread and any number of reading ones; no other process may write.
+
+    Makes the tables in an empty database and migrates an older journal; a database that it refuses stays as it was.
+    """
+
+    _creates = True
+
+    def _open(self, schema: int) -> None:
+        with self.database.writer.begin() as connection:
+            schema = self._schema()  # again: another process may have migrated it before it let the lock go
+            if schema == 0:
+                METADATA.create_all(connection)
+                connection.execute(insert(META).values(name="schema", value=str(SCHEMA)))
+            else:
+                migrate(connection, schema, SCHEMA)
+                # proves that it can be written to, even where nothing changes
+                connection.execute(update(META).where(META.c.name == "schema").values(value=str(SCHEMA)))
+
+    def append(self, *records: Any) -> None:
+        """Store records of any mix of types in one transaction; a record already there is left as it was."""
+        self._commit_alone(self.appending(*records))
+
+    def record_version(self, version: WeightVersion, event: VersionEvent | None) -> None:
+        """Store a version, the consumption of its samples and its event in one transaction; a repetition is ignored.
+
+        Raises JournalError if another version consumed one of the samples, or has the same number.
+        """
+        self._commit_alone(self.recording(version, event))
+
+    def appending(self, *records: Any) -> Write:
+        """The write of records of any mix of types; JournalError if one is of no type the journal stores."""
+        rows: defaultdict[RecordTable, list[dict[str, Any]]] = defaultdict(list)
+        for record in records:
+            with refusing(f"a {type(record).__name__} cannot be stored"):
+                table = RECORD_TABLES[type(record)]
+                rows[table].append(table.encode(record))
+
+        def write(connection: Connection) -> None:
+            for table, several in rows.items():
+                connection.execute(insert_new(connection, table.table), several)
+            queues.follow(connection, records)
+
+        return write
+
+    def recording(self, version: WeightVersion, event: VersionEvent | None) -> Write:
+        """The write of a version with the consumption of its samples and its event."""
+        append = self.appending(version, *([] if event is None else [event]))
+
+        def write(connection: Connection) -> None:
+            query = select(VERSIONS.c.samples).where(VERSIONS.c.number == version.number)
+            recorded = connection.scalar(query)
+            if recorded is not None:
+                if recorded != VERSIONS.encode(version)["samples"]:
+                    raise JournalError(f"version {version.number} was recorded before with other samples; number anew")
+                return
+            query = select(CONSUMPTIONS).where(CONSUMPTIONS.c.sample.in_(version.samples))
+            taken = connection.execute(query.limit(1)).first()
+            if taken is not None:
+                raise JournalError(
+                    f"version {version.number} would learn again from sample {taken.sample}, which version "
+                    f"{taken.version} consumed; go on from the newest version"
+                )
+            append(connection)
+            rows = [{"sample": sample, "version": version.number} for sample in version.samples]
+            if rows:
+                connection.execute(insert(CONSUMPTIONS), rows)
+                queues.trained(connection, version.samples)
+
+        return write
+
+    def commit(self, writes: list[Write]) -> list[JournalError | None]:
+        """Make all writes durable in one transaction; if that fails, in one each, so that only the guilty are refused.
+
+        Returns one outcome per write; None says that it is on disk.
+        """
+        outcome = self._attempt(writes)
+        if outcome is None or len(writes) == 1 or self.database.is_outage(outcome.__cause__):
+            return [outcome] * len(writes)
+        return [self._attempt([write]) for write in writes]
+
+    def _attempt(self, writes: list[Write]) -> JournalError | None:
+        tickets: list[Any] = []  # of attempts that broke off, perhaps after the server had committed
+
+        def transact() -> None:
+            with self.database.writer.begin() as connection:
+                if tickets and self.database.committed(connection, tickets[-1]):
+                    return
+                for write in writes:
+                    write(connection)
+                tickets.append(self.database.ticket(connection))
+
+        try:
+            with refusing(f"journal {self.name} refused a record"):
+                self.database.through_outages(transact)
+        except JournalError as error:
+            return error
+        return None
+
+    def _commit_alone(self, write: Write) -> None:
+        [outcome] = self.commit([write])
+        if outcome is not None:
+            raise outcome
+
+    def expire(self, before: float, after: int, limit: int) -> int | None:
+        """Delete old turns among the next `limit` ones beyond seq `after`, with all that was said about them.
+
+        Old ended before `before` (seconds since the epoch). One that waits for the judge or the trainer stays; a
+        sample that training has passed over (later ones were trained on: it was too old by then) waits no longer.
+        Returns the seq to go on from; None when the young turns are reached.
+        """
+        query = select(TURNS.c.seq, TURNS.c.id, TURNS.c.ended).where(TURNS.c.seq > after).order_by(TURNS.c.seq)
+        found = self._rows(query.limit(limit))
+        old = [row["id"] for row in found if row["ended"] < before]
+        if not old:
+            return None
+
+        def write(connection: Connection) -> None:
+            waiting = queues.waiting(connection, old)
+            doomed = [id for id in old if id not in waiting]
+            for key in (NEXT_STATES.c.turn, JUDGEMENTS.c.turn, FEEDBACK.c.turn, SAMPLES.c.id, TURNS.c.id):
+                connection.execute(delete(key.table).where(key.in_(doomed)))
+
+        self._commit_alone(write)
+        return found[-1]["seq"]
+
+    def shrink(self) -> None:
+        """Give space of deleted rows back to the file system."""
+        with refusing(f"journal {self.name} cannot shrink"):
+            self.database.shrink()

@@ -17,7 +17,19 @@ from types import NoneType, UnionType
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
-from sqlalchemy import BigInteger, Boolean, Column, Index, Integer, LargeBinary, MetaData, RowMapping, Table, Text
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    RowMapping,
+    Table,
+    Text,
+)
 from sqlalchemy.types import TypeEngine, UserDefinedType
 
 from clawrl.types import (
@@ -141,13 +153,19 @@ def _column_kind(annotation: Any) -> tuple[TypeEngine, Callable[[Any], Any], Cal
     if get_origin(annotation) is Literal:
         annotation = type(get_args(annotation)[0])
     plain = {
-        str: (Text(), str, str),
+        str: (Text(), _to_text, str),
         int: (BigInteger(), operator.index, int),
         float: (Real(), float, float),
         bool: (Boolean(), bool, bool),
         np.ndarray: (LargeBinary(), _to_npy, _from_npy),
     }
     return plain.get(annotation) or (Text(), _to_json, lambda text: _restore(annotation, json.loads(text)))
+
+
+def _to_text(text: str) -> str:
+    if "\x00" in text:
+        raise ValueError("PostgreSQL stores no NUL character in a name or a text; leave it out")
+    return str(text)
 
 
 def _to_npy(array: np.ndarray) -> bytes:
@@ -220,6 +238,18 @@ CONSUMPTIONS = Table(
     "consumptions",
     METADATA,
     Column("sample", Text, primary_key=True),  # at most one version learns from a sample
-    Column("version", BigInteger, nullable=False),
+    Column("version", BigInteger, nullable=False, index=True),
+)
+UNJUDGED = Table(  # what `pairs_to_judge` finds; see `queues`
+    "unjudged",
+    METADATA,
+    Column("seq", _Seq, ForeignKey(NEXT_STATES.c.seq, ondelete="CASCADE"), primary_key=True, autoincrement=False),
+    Column("turn", Text, nullable=False, unique=True),
+)
+UNTRAINED = Table(  # what `samples_to_train` finds
+    "untrained",
+    METADATA,
+    Column("seq", _Seq, ForeignKey(SAMPLES.c.seq, ondelete="CASCADE"), primary_key=True, autoincrement=False),
+    Column("sample", Text, nullable=False, unique=True),
 )
 META = Table("meta", METADATA, Column("name", Text, primary_key=True), Column("value", Text, nullable=False))

@@ -317,7 +317,7 @@ class TestLookUps:
     )
     def test_look_ups_stay_on_their_index(self, store, path, look_up, index):
         statements = []
-        event.listen(store._reader, "before_cursor_execute", lambda *args: statements.append(args[2:4]))
+        event.listen(store.database.reader, "before_cursor_execute", lambda *args: statements.append(args[2:4]))
         eval(f"store.{look_up}")
         [(statement, parameters)] = statements
         with closing(sqlite3.connect(path)) as connection:
@@ -386,7 +386,7 @@ class TestOpening:
 
     def test_durability_settings(self, store, path):
         store.append(turn("t"))
-        with store._writer.connect() as connection:
+        with store.database.writer.connect() as connection:
             assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2  # FULL
             assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
         assert stat.S_IMODE(path.stat().st_mode) == 0o600

@@ -1,0 +1,49 @@
+"""Bringing an older journal to today's schema: one step from each number to the next, all in one transaction.
+
+Knows what each schema added, as SQL that both databases speak. A step is written once and follows no later change of
+`tables`. Ignores locks: the store calls it with the writer's lock held.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection, text
+
+_SEQ = {"sqlite": "INTEGER PRIMARY KEY AUTOINCREMENT NOT NULL", "postgresql": "BIGSERIAL PRIMARY KEY"}
+
+_TO_2 = [  # what tells a repeated request; held-out samples; pins, gate, consent and erasure; what waits
+    "ALTER TABLE turns ADD COLUMN request TEXT DEFAULT '' NOT NULL",
+    "ALTER TABLE turns ADD COLUMN key TEXT",
+    "ALTER TABLE samples ADD COLUMN held_out BOOLEAN DEFAULT FALSE NOT NULL",
+    'CREATE INDEX turns_user_request_seq ON turns ("user", request, seq)',
+    "CREATE UNIQUE INDEX turns_key ON turns (key)",
+    "CREATE INDEX ix_consumptions_version ON consumptions (version)",
+    "CREATE TABLE pins ({seq}, version BIGINT NOT NULL, pinned BOOLEAN NOT NULL, at DOUBLE PRECISION NOT NULL)",
+    """CREATE TABLE gate_decisions (
+        {seq}, version BIGINT NOT NULL, stage TEXT NOT NULL, passed BOOLEAN NOT NULL, reason TEXT NOT NULL,
+        checks TEXT NOT NULL, seconds DOUBLE PRECISION NOT NULL, at DOUBLE PRECISION NOT NULL)""",
+    """CREATE TABLE consents (
+        {seq}, "user" TEXT NOT NULL, session TEXT, train BOOLEAN NOT NULL, at DOUBLE PRECISION NOT NULL)""",
+    """CREATE TABLE erasures (
+        {seq}, "user" TEXT NOT NULL, session TEXT, turns BIGINT NOT NULL, versions TEXT NOT NULL, restored BIGINT,
+        at DOUBLE PRECISION NOT NULL)""",
+    """CREATE TABLE unjudged (
+        seq BIGINT PRIMARY KEY NOT NULL REFERENCES next_states (seq) ON DELETE CASCADE, turn TEXT NOT NULL UNIQUE)""",
+    """CREATE TABLE untrained (
+        seq BIGINT PRIMARY KEY NOT NULL REFERENCES samples (seq) ON DELETE CASCADE, sample TEXT NOT NULL UNIQUE)""",
+    """INSERT INTO unjudged (seq, turn)
+        SELECT n.seq, n.turn FROM next_states n JOIN turns t ON t.id = n.turn
+        WHERE t.kind = 'main' AND NOT EXISTS (SELECT 1 FROM judgements j WHERE j.turn = n.turn)""",
+    """INSERT INTO untrained (seq, sample)
+        SELECT s.seq, s.id FROM samples s WHERE NOT EXISTS (SELECT 1 FROM consumptions c WHERE c.sample = s.id)""",
+]
+
+STEPS: dict[int, list[str]] = {1: _TO_2}
+"""Statements that lead from a schema to the next."""
+
+
+def migrate(connection: Connection, schema: int, target: int) -> None:
+    """Take every step from `schema` to `target`."""
+    seq = f"seq {_SEQ[connection.dialect.name]}"
+    for number in range(schema, target):
+        for statement in STEPS[number]:
+            connection.execute(text(statement.replace("{seq}", seq)))

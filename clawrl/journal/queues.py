@@ -1,0 +1,83 @@
+"""What waits to be judged and to be trained on, kept beside the records so that finding it never scans them.
+
+Knows the two waiting lists and how each append changes them, in its own transaction. Ignores who takes from them.
+They are derived: `fill` makes them anew from the records, and a deleted record leaves them by itself (ON DELETE
+CASCADE).
+
+    NextState ──► unjudged ──Judgement──►        Sample ──► untrained ──WeightVersion──►
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from sqlalchemy import Connection, func, select, text
+
+from clawrl.journal.tables import CONSUMPTIONS, SAMPLES, UNJUDGED, UNTRAINED
+from clawrl.types import Judgement, NextState, Sample, Turn
+
+_UNJUDGED = """
+    SELECT n.seq, n.turn FROM next_states n JOIN turns t ON t.id = n.turn
+    WHERE t.kind = 'main' AND NOT EXISTS (SELECT 1 FROM judgements j WHERE j.turn = n.turn)"""
+_UNTRAINED = """
+    SELECT s.seq, s.id FROM samples s
+    WHERE NOT s.held_out AND NOT EXISTS (SELECT 1 FROM consumptions c WHERE c.sample = s.id)"""
+_ADD_UNJUDGED = text(f"INSERT INTO unjudged (seq, turn) {_UNJUDGED} AND n.turn = :id ON CONFLICT DO NOTHING")
+_ADD_UNTRAINED = text(f"INSERT INTO untrained (seq, sample) {_UNTRAINED} AND s.id = :id ON CONFLICT DO NOTHING")
+_JUDGED = text("DELETE FROM unjudged WHERE turn = :id")
+_TRAINED = text("DELETE FROM untrained WHERE sample = :id")
+
+
+def follow(connection: Connection, records: Iterable[Any]) -> None:
+    """Bring the lists up to records that were just stored, in whatever order they came."""
+    pairs = {record.id if isinstance(record, Turn) else record.turn for record in _of(records, Turn, NextState)}
+    _each(connection, _ADD_UNJUDGED, pairs)
+    _each(connection, _JUDGED, {record.turn for record in _of(records, Judgement)})
+    _each(connection, _ADD_UNTRAINED, {record.id for record in _of(records, Sample)})
+
+
+def trained(connection: Connection, samples: Iterable[str]) -> None:
+    """A version consumed these samples."""
+    _each(connection, _TRAINED, samples)
+
+
+def waiting(connection: Connection, turns: list[str]) -> set[str]:
+    """Those of `turns` that wait for the judge, or whose samples wait for a trainer that has not passed them over."""
+    newest = select(func.max(CONSUMPTIONS.c.version)).scalar_subquery()
+    passed = (
+        select(func.coalesce(func.max(SAMPLES.c.seq), 0))
+        .join(CONSUMPTIONS, CONSUMPTIONS.c.sample == SAMPLES.c.id)
+        .where(CONSUMPTIONS.c.version == newest)
+        .scalar_subquery()
+    )
+    unjudged = select(UNJUDGED.c.turn).where(UNJUDGED.c.turn.in_(turns))
+    untrained = select(UNTRAINED.c.sample).where(UNTRAINED.c.sample.in_(turns), UNTRAINED.c.seq > passed)
+    return {*connection.scalars(unjudged), *connection.scalars(untrained)}
+
+
+def fill(connection: Connection) -> None:
+    """Make both lists anew from the records."""
+    for table, query in (("unjudged (seq, turn)", _UNJUDGED), ("untrained (seq, sample)", _UNTRAINED)):
+        connection.execute(text(f"DELETE FROM {table.split()[0]}"))
+        connection.execute(text(f"INSERT INTO {table} {query}"))
+
+
+def stale(connection: Connection) -> dict[str, int]:
+    """How many entries each list has too many or too few; none if all is well."""
+    found = {}
+    for name, query in (("unjudged", _UNJUDGED), ("untrained", _UNTRAINED)):
+        both = [f"SELECT seq FROM {name}", f"SELECT seq FROM ({query}) AS derived"]
+        wrong = [text(f"SELECT count(*) FROM ({a} EXCEPT {b}) AS w") for a, b in (both, both[::-1])]
+        if number := sum(connection.scalar(each) or 0 for each in wrong):
+            found[name] = number
+    return found
+
+
+def _of(records: Iterable[Any], *kinds: type) -> list[Any]:
+    return [record for record in records if isinstance(record, kinds)]
+
+
+def _each(connection: Connection, statement: Any, ids: Iterable[str]) -> None:
+    if rows := [{"id": id} for id in ids]:
+        connection.execute(statement, rows)

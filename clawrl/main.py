@@ -28,6 +28,7 @@ from clawrl.errors import ClawrlError, ConfigError
 from clawrl.journal.actor import Journal
 from clawrl.rollout.collector import Collector
 from clawrl.serving import app
+from clawrl.serving.redaction import Redactor
 from clawrl.training.buffer import ReplayBuffer
 from clawrl.training.trainer import TrainLoop, run_trainer
 from clawrl.training.weights import WeightStore
@@ -102,13 +103,14 @@ class System:
                 f"journal.url holds {known} versions of another run, whose weights are not in {self.run_directory}; "
                 "set run to that run's folder, or name an empty database"
             )
+        ray.get([journal.consent.remote(user=user, train=False) for user in config.privacy.opt_out_users])
         store = self._actor(
             "weights", WeightStore, config.versions, journal, str(self.run_directory), config.policy.model
         )
         buffer = self._actor("buffer", ReplayBuffer, config.buffer, journal)
         say(f"starting {config.policy.replicas} policy and {config.judge.replicas} judge engines (vLLM)")
         told = {"versions": (store, "status"), "buffer": (buffer, "stats"), "journal": (journal, "counts")}
-        admin: dict[str, tuple[Any, str]] = {}
+        admin: dict[str, tuple[Any, str]] = {"consent": (journal, "consent"), "forget": (store, "forget")}
         application = app.build(
             config,
             store=(store, f"{NAMESPACE}-weights"),
@@ -188,6 +190,7 @@ def check(config: Config) -> None:
             model_path(model)
         except ConfigError as error:
             raise ConfigError(f"{section}.model: {error}") from None
+    Redactor(config.privacy)
     host, port = config.gateway.host, config.gateway.port
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

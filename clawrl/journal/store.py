@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Select, delete, func, insert, inspect, select, update
 
-from clawrl.errors import JournalError
-from clawrl.journal import queues
+from clawrl.errors import JournalError, WithdrawnError
+from clawrl.journal import erasure, queues
 from clawrl.journal.database import insert_new, open_database, parse_url, refusing
+from clawrl.journal.erasure import Content
 from clawrl.journal.migrations import migrate
 from clawrl.journal.tables import (
+    CONSENTS,
     CONSUMPTIONS,
     FEEDBACK,
     JUDGEMENTS,
@@ -34,7 +36,7 @@ from clawrl.journal.tables import (
     VERSIONS,
     RecordTable,
 )
-from clawrl.types import NextState, Sample, Swap, Turn, VersionEvent, WeightVersion
+from clawrl.types import Consent, Erasure, NextState, Sample, Swap, Turn, VersionEvent, WeightVersion
 
 Write = Callable[[Connection], None]
 """One caller's rows, written all or none, in a transaction that others may share."""
@@ -176,6 +178,27 @@ class JournalReader:
         )
         return [score for _, score in sorted(tuple(row.values()) for row in self._rows(query))]
 
+    def unrecorded(self, user: str, conversation: str) -> str | None:
+        """The session in which the user's conversation of this digest was served unrecorded; None: it was not."""
+        rows = self._rows(erasure.unrecorded_session(user, conversation))
+        return rows[0]["session"] if rows else None
+
+    def consents(self, after: int, limit: int) -> list[tuple[int, Consent]]:
+        """Words of users and sessions in the order of seq, beyond `after`."""
+        return [(row[CONSENTS.c.seq], CONSENTS.decode(row)) for row in self._rows(erasure.consents(after, limit))]
+
+    def withdrawals(self) -> int:
+        """A number that grows with every opt-out and every erasure."""
+        return self._rows(erasure.withdrawals())[0]["number"]
+
+    def content(self, user: str, session: str | None) -> Content:
+        """What an erasure would find."""
+        with refusing(f"journal {self.name} cannot be read"), self.database.snapshot() as connection:
+            return erasure.content(connection, user, session)
+
+    def erasures(self) -> list[Erasure]:
+        return self._all(Erasure)
+
     def versions(self) -> list[WeightVersion]:
         return self._all(WeightVersion)
 
@@ -268,7 +291,8 @@ class JournalStore(JournalReader):
 
         def write(connection: Connection) -> None:
             for table, several in rows.items():
-                connection.execute(insert_new(connection, table.table), several)
+                if admitted := erasure.admitted(connection, table, several):
+                    connection.execute(insert_new(connection, table.table), admitted)
             queues.follow(connection, records)
 
         return write
@@ -291,6 +315,11 @@ class JournalStore(JournalReader):
                     f"version {version.number} would learn again from sample {taken.sample}, which version "
                     f"{taken.version} consumed; go on from the newest version"
                 )
+            if gone := erasure.withdrawn(connection, version.samples):
+                raise WithdrawnError(
+                    f"version {version.number} learnt from {len(gone)} samples that were withdrawn meanwhile; "
+                    "train the step again without them"
+                )
             append(connection)
             rows = [{"sample": sample, "version": version.number} for sample in version.samples]
             if rows:
@@ -298,6 +327,36 @@ class JournalStore(JournalReader):
                 queues.trained(connection, version.samples)
 
         return write
+
+    def taking_word(self, consent: Consent) -> Write:
+        """The write of a user's or session's word; an opt-out withdraws their turns from training."""
+        return lambda connection: erasure.take_word(connection, consent)
+
+    def erasing(self, record: Erasure, events: Sequence[VersionEvent]) -> Write:
+        """The write that deletes the content and takes the events; what rejected versions consumed is free again."""
+        rejected = [event.version for event in events if event.state == "rejected"]
+        append = self.appending(*events)
+
+        def write(connection: Connection) -> None:
+            erasure.erase(connection, record, rejected)
+            append(connection)
+
+        return write
+
+    def consent(self, consent: Consent) -> None:
+        """Record a user's or session's word."""
+        self._commit_alone(self.taking_word(consent))
+
+    def erase(self, record: Erasure, events: Sequence[VersionEvent] = ()) -> None:
+        """Delete a user's or session's content for good, on disk too; see `erasing`."""
+        self._commit_alone(self.erasing(record, events))
+        self.scrub()
+
+    def scrub(self) -> None:
+        """Leave nothing of what was deleted in the database's files; nobody writes meanwhile."""
+        self.recount()
+        with refusing(f"journal {self.name} still holds deleted bytes; forget again"):
+            self.database.scrub()
 
     def commit(self, writes: list[Write]) -> list[JournalError | None]:
         """Make all writes durable in one transaction; if that fails, in one each, so that only the guilty are refused.

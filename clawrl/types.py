@@ -312,7 +312,7 @@ class Erasure:
     session: str | None  # None: all of the user's
     turns: int
     versions: tuple[int, ...]  # those that had learnt from it
-    restored: int | None  # the version training went back to; None: no retraining was asked for
+    restored: int | None  # the version training went back to; None: none was rejected
     at: float
 
 

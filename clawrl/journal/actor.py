@@ -24,7 +24,7 @@ from clawrl.journal.database import READERS
 from clawrl.journal.erasure import Content
 from clawrl.journal.store import JournalStore, Write
 from clawrl.observe import metric
-from clawrl.types import Consent, Erasure, NextState, Sample, Swap, Turn, VersionEvent, WeightVersion
+from clawrl.types import Consent, Erasure, NextState, Pin, Sample, Swap, Turn, VersionEvent, WeightVersion
 
 log = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
@@ -126,16 +126,20 @@ class Journal:
         number = self._store.withdrawals()
         return [] if number == known else [number]
 
+    async def owners(self, session: str) -> list[str]:
+        """Users who have a session of this name."""
+        return await self._read(self._store.owners, session)
+
     async def content(self, user: str, session: str | None) -> Content:
         """What an erasure would find."""
         return await self._read(self._store.content, user, session)
 
-    async def erase(self, record: Erasure, events: Sequence[VersionEvent]) -> None:
+    async def erase(self, record: Erasure, others: Sequence[VersionEvent | Pin]) -> None:
         """Delete a user's or session's content and wipe it from disk; what rejected versions consumed is free again.
 
         Appends wait while the database is rewritten.
         """
-        await self._commit(self._store.erasing(record, events), frozenset({Consent, Erasure, Sample, VersionEvent}))
+        await self._commit(self._store.erasing(record, others), frozenset({Consent, Erasure, Sample, VersionEvent}))
         await asyncio.get_running_loop().run_in_executor(self._writer, self._store.scrub)
 
     async def versions(self) -> list[WeightVersion]:

@@ -195,9 +195,7 @@ class _Sqlite(Database):
         connection = self.writer.raw_connection()
         try:
             cursor = connection.cursor()
-            cursor.execute(
-                "VACUUM"
-            )  # pages that were split keep bytes of rows that moved away; secure_delete knows not
+            cursor.execute("VACUUM")  # a page that was split keeps bytes of the rows that moved away
             deadline = time.monotonic() + _LOCK_WAIT_S
             while cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()[0][0]:  # a reader still looks into it
                 if time.monotonic() > deadline:

@@ -36,7 +36,7 @@ from clawrl.journal.tables import (
     VERSIONS,
     RecordTable,
 )
-from clawrl.types import Consent, Erasure, NextState, Sample, Swap, Turn, VersionEvent, WeightVersion
+from clawrl.types import Consent, Erasure, NextState, Pin, Sample, Swap, Turn, VersionEvent, WeightVersion
 
 Write = Callable[[Connection], None]
 """One caller's rows, written all or none, in a transaction that others may share."""
@@ -191,6 +191,10 @@ class JournalReader:
         """A number that grows with every opt-out and every erasure."""
         return self._rows(erasure.withdrawals())[0]["number"]
 
+    def owners(self, session: str) -> list[str]:
+        """Users who have a session of this name."""
+        return [row["user"] for row in self._rows(select(TURNS.c.user).where(TURNS.c.session == session).distinct())]
+
     def content(self, user: str, session: str | None) -> Content:
         """What an erasure would find."""
         with refusing(f"journal {self.name} cannot be read"), self.database.snapshot() as connection:
@@ -332,10 +336,11 @@ class JournalStore(JournalReader):
         """The write of a user's or session's word; an opt-out withdraws their turns from training."""
         return lambda connection: erasure.take_word(connection, consent)
 
-    def erasing(self, record: Erasure, events: Sequence[VersionEvent]) -> Write:
-        """The write that deletes the content and takes the events; what rejected versions consumed is free again."""
+    def erasing(self, record: Erasure, others: Sequence[VersionEvent | Pin]) -> Write:
+        """The write that deletes the content and takes other records; what rejected versions consumed is free again."""
+        events = [other for other in others if isinstance(other, VersionEvent)]
         rejected = [event.version for event in events if event.state == "rejected"]
-        append = self.appending(*events)
+        append = self.appending(*others)
 
         def write(connection: Connection) -> None:
             erasure.erase(connection, record, rejected)
@@ -347,9 +352,9 @@ class JournalStore(JournalReader):
         """Record a user's or session's word."""
         self._commit_alone(self.taking_word(consent))
 
-    def erase(self, record: Erasure, events: Sequence[VersionEvent] = ()) -> None:
+    def erase(self, record: Erasure, others: Sequence[VersionEvent | Pin] = ()) -> None:
         """Delete a user's or session's content for good, on disk too; see `erasing`."""
-        self._commit_alone(self.erasing(record, events))
+        self._commit_alone(self.erasing(record, others))
         self.scrub()
 
     def scrub(self) -> None:

@@ -2,7 +2,7 @@
 
 Knows batch size, lag and leases. Ignores how samples were made and what training does with them. It is a view: the
 journal holds the samples and which of them a version consumed, so a buffer that starts, or no longer knows what became
-of a lease, reads the unconsumed ones again, in their order.
+of a lease, or hears that turns were withdrawn (opt-out, erasure), reads the unconsumed ones again, in their order.
 
     journal ──(long poll)──► waiting ──take(step)──► leased ──release(step)──► forgotten
                                 │ advance(version)
@@ -17,6 +17,7 @@ from typing import Any
 
 from clawrl.config import BufferSection
 from clawrl.observe import metric
+from clawrl.training.versions import Registry
 from clawrl.types import Batch, Sample
 
 log = logging.getLogger(__name__)
@@ -41,11 +42,13 @@ class ReplayBuffer:
         self._leases: dict[int, Batch] = {}
         self._next: int | None = None  # the step that may lease of what waits: the one before it is settled
         self._dropped: set[str] = set()
+        self._released: frozenset[str] = frozenset()  # samples of rejected versions: in time when first trained on
         self._version = 0
         self._closed = False
         self._changed = asyncio.Condition()
         self._set_waiting([])  # an empty buffer is a measurement too
         self._filling = asyncio.create_task(self._fill())
+        self._heeding = asyncio.create_task(self._heed())
 
     async def take(self, step: int, timeout_s: float) -> Batch | None:
         """The batch of an optimizer step, the same one each time it is asked for; None if too few samples come in time.
@@ -83,6 +86,7 @@ class ReplayBuffer:
         """Every take, waiting ones too, answers CLOSED from now on."""
         self._closed = True
         self._filling.cancel()
+        self._heeding.cancel()
         async with self._changed:
             self._changed.notify_all()
 
@@ -99,11 +103,12 @@ class ReplayBuffer:
         return self._leases[step]
 
     def _set_waiting(self, samples: list[Sample]) -> None:
-        """Keep those of `samples` that are young enough, drop and count the others."""
+        """Keep those of `samples` that are young enough, or trained on again; drop and count the others."""
         oldest = self._version - self._settings.max_lag
-        self._waiting = [sample for sample in samples if sample.newest_version >= oldest]
+        old = {sample.id for sample in samples if sample.newest_version < oldest} - self._released
+        self._waiting = [sample for sample in samples if sample.id not in old]
         metric("buffer/size_num").set(len(self._waiting))
-        dropped = {sample.id for sample in samples if sample.newest_version < oldest} - self._dropped
+        dropped = old - self._dropped
         if dropped:
             self._dropped |= dropped
             metric("buffer/dropped_num").inc(len(dropped))
@@ -118,13 +123,35 @@ class ReplayBuffer:
         self._set_waiting([])
         self._filling = asyncio.create_task(self._fill())
 
+    async def _heed(self) -> None:
+        """Read the journal again whenever turns were withdrawn, so that none of theirs is waiting or leased here."""
+        known: int | None = None
+        while True:
+            try:
+                number = await self._journal.withdrawals.remote(-1 if known is None else known, _POLL_S)
+            except Exception as error:
+                log.warning("event=journal_unreachable error=%s retry_s=%g", type(error).__name__, _RETRY_S)
+                await asyncio.sleep(_RETRY_S)
+                continue
+            if number != known:
+                if known is not None:
+                    self._rebuild()
+                    self._next = None  # of the step in work the journal will know
+                known = number
+
     async def _fill(self) -> None:
         """Follow the journal's unconsumed samples; a journal that fails is asked again, for ever."""
         after: int | None = None
         while True:
             try:
                 if after is None:
-                    versions = await self._journal.versions.remote()
+                    versions, events = await asyncio.gather(
+                        self._journal.versions.remote(), self._journal.version_events.remote()
+                    )
+                    states = Registry(versions, events).states()
+                    self._released = frozenset(
+                        sample for each in versions if states[each.number] == "rejected" for sample in each.samples
+                    )
                     self._version = max(self._version, *(version.number for version in versions), 0)
                     after = 0
                 found = await self._journal.samples_to_train.remote(after, _POLL_SAMPLES, _POLL_S)

@@ -43,6 +43,10 @@ class Registry:
         for version in sorted(versions, key=lambda version: version.number):
             self._parents[version.number] = version.parent or 0
             self._states[version.number] = "candidate"
+        self.apply(events)
+
+    def apply(self, events: Iterable[VersionEvent]) -> None:
+        """Take in what was recorded. Raises WeightSyncError for an event of an unknown version."""
         for event in events:
             if event.version not in self._states:
                 raise WeightSyncError(f"event {event.state} of version {event.version}, which was never recorded")

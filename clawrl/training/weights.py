@@ -24,9 +24,10 @@ from typing import Any
 import ray
 
 from clawrl.config import VersionsSection
-from clawrl.errors import WeightSyncError
+from clawrl.errors import WeightSyncError, WithdrawnError
 from clawrl.observe import metric
 from clawrl.training.checkpoint import model_folder, read_buckets, read_canary, write_canary, write_checkpoint
+from clawrl.training.forgetting import owner, plan
 from clawrl.training.versions import Registry, canary_distance, canary_verdict
 from clawrl.types import Bucket, Canary, Publication, Swap, VersionEvent, WeightVersion
 
@@ -93,8 +94,9 @@ class WeightStore:
         """Take the held buckets as a version: on disk, then in the journal, then desired. Offered again, it is known.
 
         In this order a version in the journal always has its checkpoint, and no replica serves one that a crash
-        could make number anew. False: the parent was rejected meanwhile, nothing is recorded, and the batch is to be
-        trained again from the new head. Raises WeightSyncError if buckets are missing or the number is not the next.
+        could make number anew. False: the parent was rejected meanwhile, or samples of the batch were withdrawn;
+        nothing is recorded, and what is left of the batch is to be trained again from the head. Raises WeightSyncError
+        if buckets are missing or the number is not the next.
         """
         registry = await self._known()
         async with self._offering:
@@ -110,7 +112,13 @@ class WeightStore:
             buckets = [await held[index] for index in range(num_buckets)]
             await asyncio.to_thread(write_checkpoint, folder, buckets, self._base, canary)
             event = registry.candidate(version.number, version.parent, time.time())
-            await self._journal.record_version.remote(replace(version, checkpoint=str(folder)), event)
+            try:
+                await self._journal.record_version.remote(replace(version, checkpoint=str(folder)), event)
+            except WithdrawnError as error:
+                logger.warning("event=version_withdrawn version=%d reason=%r", version.number, str(error))
+                del self._held[version.number]
+                await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+                return False
             registry.add(event, version.parent)
             self._canaries[version.number] = canary
             self._last_step = version.metrics
@@ -194,6 +202,39 @@ class WeightStore:
         self._closed = True
         await self._wake()
 
+    # --- the operator's side: keyword arguments in, JSON out ---
+
+    async def forget(
+        self, user: str | None = None, session: str | None = None, retrain: bool = False, yes: bool = False
+    ) -> dict[str, Any]:
+        """Erase what a user, or one session, said; see `training/forgetting` for what it means for the versions.
+
+        Without `yes` only what would be done is told. Raises ClawrlError if it is not clear whose content is meant.
+        """
+        owner = await self._owner(user, session)
+        registry = await self._known()
+        async with self._offering:
+            found, versions, events = await asyncio.gather(
+                self._journal.content.remote(owner, session),
+                self._journal.versions.remote(), self._journal.version_events.remote(),
+            )  # fmt: skip
+            on_disk = await asyncio.to_thread(_numbers, self._folder)
+            planned = plan(owner, session, found, versions, events, retrain=retrain, on_disk=on_disk, at=time.time())
+            if not yes:
+                return planned.told(done=False)
+            await self._journal.erase.remote(planned.erasure, planned.records())
+            registry.apply(planned.events)
+            for number in planned.checkpoints:
+                self._held.pop(number, None)
+                self._canaries.pop(number, None)
+                await asyncio.to_thread(shutil.rmtree, self._folder / str(number))
+        logger.warning("event=forgotten turns=%d restored=%s", planned.erasure.turns, planned.erasure.restored)
+        await self._wake()
+        return planned.told(done=True)
+
+    async def _owner(self, user: str | None, session: str | None) -> str:
+        return owner(user, session, [] if user or not session else await self._journal.owners.remote(session))
+
     # --- inside ---
 
     async def _known(self) -> Registry:
@@ -256,8 +297,13 @@ def _put_all(folder: Path, bucket_bytes: int) -> list[ray.ObjectRef]:
     return [ray.put(bucket) for bucket in read_buckets(folder, bucket_bytes)]
 
 
+def _numbers(folder: Path) -> list[int]:
+    """The versions that have a checkpoint here."""
+    return [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+
+
 def _remove_others(folder: Path, stay: set[int | None]) -> None:
     """Remove checkpoints of versions that are not in `stay`."""
-    for path in folder.iterdir():
-        if path.name.isdigit() and int(path.name) not in stay:
-            shutil.rmtree(path, ignore_errors=True)
+    for number in _numbers(folder):
+        if number not in stay:
+            shutil.rmtree(folder / str(number), ignore_errors=True)

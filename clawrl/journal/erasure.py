@@ -160,7 +160,8 @@ def content(connection: Connection, user: str, session: str | None) -> Content:
         samples += len(connection.scalars(select(SAMPLES.c.id).where(SAMPLES.c.id.in_(some))).all())
         query = select(CONSUMPTIONS.c.version).where(CONSUMPTIONS.c.sample.in_(some)).distinct()
         versions.update(connection.scalars(query))
-    pins = dict(connection.execute(select(PINS.c.version, PINS.c.pinned).order_by(PINS.c.seq)).tuples().all())
+    newest = select(PINS.c.version, PINS.c.pinned).order_by(PINS.c.seq)
+    pins = {row.version: row.pinned for row in connection.execute(newest)}  # the latest of each holds
     pinned = tuple(sorted(version for version, held in pins.items() if held))
     return Content(len(turns), samples, tuple(sorted(versions)), pinned)
 

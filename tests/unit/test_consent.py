@@ -52,5 +52,5 @@ def test_the_header(said, expected):
 
 @pytest.mark.parametrize("said", ["", "false", "0", "never"])
 def test_what_may_be_meant_as_an_opt_out_is_not_taken_for_none(said):
-    with pytest.raises(GatewayError, match="X-Train: '.*' is unknown; use no"):
+    with pytest.raises(GatewayError, match=r"X-Train: '.*' is unknown; use no"):
         identify({"x-train": said}, {})

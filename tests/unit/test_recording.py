@@ -114,10 +114,10 @@ class Door:
         messages.append({"role": "assistant", "content": reply})
         return response.headers.get("x-clawrl-recorded") == "no"
 
-    async def heard(self, user: str, session: str | None = None, replica: int = 0) -> None:
-        """Until a replica knows of an opt-out."""
+    async def heard(self, user: str, session: str | None = None, *, replica: int = 0, train: bool = False) -> None:
+        """A replica knows of a word within a second."""
         async with asyncio.timeout(1):
-            while not self._gateways[replica]._opt_outs.cover(user, session):
+            while self._gateways[replica]._opt_outs.cover(user, session) is train:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 
     def recorded(self) -> list[str]:
@@ -241,8 +241,7 @@ def test_an_opt_in_is_for_conversations_begun_after_it(tmp_path, stream):
             messages = []
             assert await _talk(clawrl, messages, "secret", stream=stream)
             await clawrl.journal.consent("ann", True)
-            while clawrl._gateways[0]._opt_outs.cover("ann", None):
-                await asyncio.sleep(0.01)
+            await clawrl.heard("ann", train=True)
             assert await _talk(clawrl, messages, "its history holds the secret", stream=stream)
             assert not await _talk(clawrl, [], "afresh", stream=stream)
             assert clawrl.recorded() == ["afresh"]

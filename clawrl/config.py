@@ -145,7 +145,9 @@ class LearningSection(Section):
 
 class BufferSection(Section):
     batch_size: int = Field(default=32, ge=1, description="Samples per optimizer step.")
-    max_lag: int = Field(default=4, ge=1, description="Samples more versions old than this are dropped and counted.")
+    max_lag: int = Field(
+        default=4, ge=1, le=1000, description="Samples more versions old than this are dropped and counted."
+    )
 
 
 class TrainerSection(Section):
@@ -164,7 +166,10 @@ class TrainerSection(Section):
     )
     activation_checkpointing: bool = False
     max_failures: int = Field(default=3, ge=0, description="Restarts of the worker group before the run fails.")
-    seed: int = 0
+    checkpoint_every: int = Field(
+        default=1, ge=0, description="Optimizer state is kept with every so many versions (0: never)."
+    )
+    seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _one_worker_per_gpu(self) -> TrainerSection:
@@ -177,7 +182,7 @@ class TrainerSection(Section):
 
 
 class VersionsSection(Section):
-    keep: int = Field(default=5, ge=1, description="Checkpoints kept on disk.")
+    keep: int = Field(default=5, ge=1, description="Checkpoints kept on disk, beside the pinned ones.")
     keep_in_memory: int = Field(default=2, ge=1, description="Versions kept in the object store.")
     bucket_mib: int = Field(default=256, ge=1, description="Size of one transfer bucket.")
     canary_tolerance: float = Field(

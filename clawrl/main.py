@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from clawrl import observe
 from clawrl.config import Config, model_path
-from clawrl.errors import ClawrlError, ConfigError
+from clawrl.errors import ConfigError
 from clawrl.journal.actor import Journal
 from clawrl.rollout.collector import Collector
 from clawrl.serving import app
@@ -54,6 +54,7 @@ _QUIET = {
 _FAST_SERVE = {  # one thread and one loop per replica: a chunk on its way to a client wakes nobody else
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
 }
 _QUIET_SERVE = {"log_level": "WARNING", "enable_access_log": False}
 
@@ -97,7 +98,8 @@ class System:
         if url == "sqlite":
             url = f"sqlite:///{self.run_directory / 'journal.sqlite'}"
         journal = self._actor("journal", Journal, url)
-        known = ray.get(journal.counts.remote())["versions"]
+        counts: dict[str, int] = ray.get(journal.counts.remote())
+        known = counts["versions"]
         if known and not (self.run_directory / "versions").is_dir():
             raise ConfigError(
                 f"journal.url holds {known} versions of another run, whose weights are not in {self.run_directory}; "
@@ -110,7 +112,10 @@ class System:
         buffer = self._actor("buffer", ReplayBuffer, config.buffer, journal)
         say(f"starting {config.policy.replicas} policy and {config.judge.replicas} judge engines (vLLM)")
         told = {"versions": (store, "status"), "buffer": (buffer, "stats"), "journal": (journal, "counts")}
-        admin: dict[str, tuple[Any, str]] = {"consent": (journal, "consent"), "forget": (store, "forget")}
+        admin: dict[str, tuple[Any, str]] = {
+            **{name: (store, name) for name in ("versions", "rollback", "pin", "diff", "export", "forget")},
+            "consent": (journal, "consent"),
+        }
         application = app.build(
             config,
             store=(store, f"{NAMESPACE}-weights"),
@@ -129,7 +134,7 @@ class System:
         self.training = trainer.options(
             name=f"{NAMESPACE}-trainer",
             num_cpus=0,
-            max_retries=0,
+            max_retries=-1,
             scheduling_strategy=_here(),
             # Ray Train's actors ask Ray's state API, which must know which of several clusters is meant
             runtime_env={"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}},
@@ -261,7 +266,7 @@ def start_serve() -> None:
 
 
 def serve_until_stopped(config: Config, say: Callable[[str], None]) -> None:
-    """`clawrl serve`: start, then wait for Ctrl-C or SIGTERM, or for the trainer to fail for good."""
+    """`clawrl serve`: start, then wait for Ctrl-C or SIGTERM. Chat goes on even if the trainer has failed for good."""
     stopped = threading.Event()
     _on_signals(stopped.set)
     system = System.start(config, say)
@@ -269,12 +274,22 @@ def serve_until_stopped(config: Config, say: Callable[[str], None]) -> None:
         while not stopped.wait(0.5):
             done, _ = ray.wait([system.training], timeout=0)
             if done:
-                ray.get(done)  # raises what ended it
-                raise ClawrlError("the trainer ended by itself; see the run directory's logs")
+                say(f"training has ended ({_reason(done[0])}); chat goes on without it, start again to train")
+                stopped.wait()
     finally:
         say("stopping")
         system.stop()
         say("stopped")
+
+
+def _reason(ended: Any) -> str:
+    """What ended the trainer, on one line."""
+    try:
+        ray.get(ended)
+    except Exception as error:
+        cause = getattr(error, "cause", None) or error
+        return f"{type(cause).__name__}: {next(iter(str(cause).splitlines()), '')}"
+    return "its buffer was closed"
 
 
 def _on_signals(stop: Callable[[], None]) -> None:

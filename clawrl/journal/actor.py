@@ -24,7 +24,18 @@ from clawrl.journal.database import READERS
 from clawrl.journal.erasure import Content
 from clawrl.journal.store import JournalStore, Write
 from clawrl.observe import metric
-from clawrl.types import Consent, Erasure, NextState, Pin, Sample, Swap, Turn, VersionEvent, WeightVersion
+from clawrl.types import (
+    Consent,
+    Erasure,
+    GateDecision,
+    NextState,
+    Pin,
+    Sample,
+    Swap,
+    Turn,
+    VersionEvent,
+    WeightVersion,
+)
 
 log = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
@@ -147,6 +158,16 @@ class Journal:
 
     async def version_events(self) -> list[VersionEvent]:
         return await self._read(self._store.version_events)
+
+    async def pins(self) -> list[Pin]:
+        return await self._read(self._store.pins)
+
+    async def gate_decisions(self) -> list[GateDecision]:
+        return await self._read(self._store.gate_decisions)
+
+    async def authors(self, turns: Sequence[str]) -> list[tuple[str, str, str]]:
+        """(id, user, session) of those of the turns that are there."""
+        return await self._read(self._store.authors, turns)
 
     async def swaps(self) -> list[Swap]:
         return await self._read(self._store.swaps)

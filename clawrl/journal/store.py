@@ -36,10 +36,23 @@ from clawrl.journal.tables import (
     VERSIONS,
     RecordTable,
 )
-from clawrl.types import Consent, Erasure, NextState, Pin, Sample, Swap, Turn, VersionEvent, WeightVersion
+from clawrl.types import (
+    Consent,
+    Erasure,
+    GateDecision,
+    NextState,
+    Pin,
+    Sample,
+    Swap,
+    Turn,
+    VersionEvent,
+    WeightVersion,
+)
 
 Write = Callable[[Connection], None]
 """One caller's rows, written all or none, in a transaction that others may share."""
+
+_IN_ONE_QUERY = 500  # ids; databases bound the number of parameters
 
 
 _COUNTED: dict[Any, list[tuple]] = {
@@ -208,6 +221,21 @@ class JournalReader:
 
     def version_events(self) -> list[VersionEvent]:
         return self._all(VersionEvent)
+
+    def pins(self) -> list[Pin]:
+        return self._all(Pin)
+
+    def gate_decisions(self) -> list[GateDecision]:
+        return self._all(GateDecision)
+
+    def authors(self, turns: Sequence[str]) -> list[tuple[str, str, str]]:
+        """(id, user, session) of those of the turns that are there."""
+        found: list[tuple[str, str, str]] = []
+        for start in range(0, len(turns), _IN_ONE_QUERY):
+            ids = turns[start : start + _IN_ONE_QUERY]
+            query = select(TURNS.c.id, TURNS.c.user, TURNS.c.session).where(TURNS.c.id.in_(ids))
+            found += [(row["id"], row["user"], row["session"]) for row in self._rows(query)]
+        return found
 
     def swaps(self) -> list[Swap]:
         return self._all(Swap)

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 CHUNK_RATE = 160.0  # streamed chunks a second, all streams of a CPU engine together: they share its cores
 GPU_CHUNK_RATE = 1000.0
+ENGINE_CHECK_S = 0.2
 CHUNK_INTERVAL_S = 0.02  # between two chunks of one stream at least; tokens in between share a chunk
 
 
@@ -65,10 +66,14 @@ class Engine:
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
     ) -> AsyncGenerator[Any, None]:
         """AsyncLLM.generate, with the version's cache salt and the capture's log-probabilities."""
+        from clawrl.serving.scheduler import KEEP_BACK
+
         recorder = self._recorders.pop(request_id, None)
         if recorder is not None:
-            self._captured[request_id] = recorder, sampling_params.logprobs is not None
+            shown = sampling_params.logprobs is not None
+            self._captured[request_id] = recorder, shown
             sampling_params.logprobs = max(sampling_params.logprobs or 0, self._support)
+            sampling_params.extra_args = {**(sampling_params.extra_args or {}), KEEP_BACK: not shown}
         prompt["cache_salt"] = f"{self._salt}{prompt.get('cache_salt') or ''}"
         self.streams += 1
         try:
@@ -159,6 +164,26 @@ class Engine:
         scored = await asyncio.gather(*(self.score(ids[:1].tolist(), ids[1:].tolist(), 0) for ids in canary.token_ids))
         return tuple(scores.logprobs for scores in scored)
 
+    # -- health ------------------------------------------------------------------------------------------------------
+
+    async def generates(self) -> None:
+        """Return once the engine has generated a token; a caller with a deadline learns that it hangs."""
+        from vllm import SamplingParams
+
+        async for _ in self._llm.generate(
+            {"prompt_token_ids": [1], "cache_salt": self._salt},
+            SamplingParams(max_tokens=1),
+            f"health-{uuid.uuid4().hex}",
+        ):
+            pass
+
+    async def end_process_with_engine(self) -> None:
+        """End this process when the engine's has ended: a replica that is gone is replaced sooner than a sick one."""
+        while not self._llm.errored:  # noqa: ASYNC110 (vLLM sets a flag, no event)
+            await asyncio.sleep(ENGINE_CHECK_S)
+        log.error("event=engine_dead")
+        os._exit(1)
+
     # -- versions ----------------------------------------------------------------------------------------------------
 
     async def join_store(self, address: str, namespace: str, store: str) -> None:
@@ -191,9 +216,18 @@ class Engine:
 
 
 class Scorer:
-    """What judge and policy replicas share: scoring the exact tokens of a reply, as teacher or reference."""
+    """What judge and policy replicas share: an engine's life, and scoring the exact tokens of a reply."""
 
     _engine: Engine
+
+    async def _adopt(self, engine: Engine) -> None:
+        """Live with this engine from now on, and end with it."""
+        self._engine = engine
+        self._watching = asyncio.create_task(engine.end_process_with_engine())
+
+    async def check_health(self) -> None:
+        """Asked by Serve, which replaces a replica whose engine generates nothing any more."""
+        await self._engine.generates()
 
     async def score_ids(self, prompt_ids: np.ndarray, completion_ids: np.ndarray, top: int) -> Scores:
         return await self._engine.score(prompt_ids.tolist(), completion_ids.tolist(), top)
@@ -266,6 +300,7 @@ async def start_engine(
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
+    from clawrl.serving.scheduler import CapturingScheduler
     from clawrl.serving.weight_transfer import BACKEND
 
     path = model_path(settings.model)
@@ -277,6 +312,7 @@ async def start_engine(
         tensor_parallel_size=max(1, int(settings.gpus_per_replica)),
         # On a CPU vLLM gives the one worker a process of its own, and both spin while they wait for each other. A class
         # is not overruled so; vLLM's reason, the OpenMP settings, are in the environment already.
+        scheduler_cls=CapturingScheduler,
         distributed_executor_backend=UniProcExecutor if settings.gpus_per_replica == 0 else None,
         gpu_memory_utilization=settings.gpu_memory_utilization,
         kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30) if settings.gpus_per_replica == 0 else None,

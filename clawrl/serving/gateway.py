@@ -22,6 +22,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from ray.exceptions import RayActorError
 
 from clawrl.config import GatewaySection, PolicySection, PrivacySection
 from clawrl.errors import ClawrlError, GatewayError
@@ -40,6 +41,8 @@ log = logging.getLogger(__name__)
 ROLES = ("system", "developer", "user", "assistant", "tool")
 CHAT = "/v1/chat/completions"
 DONE = "data: [DONE]\n\n"
+HELD_S = 300.0
+"""How long a request is held while no policy replica lives to answer it."""
 EVENT_STREAM, NO_CACHE = "text/event-stream", {"cache-control": "no-cache"}
 RETRY_WINDOW_S = 1800.0
 """How long after a reply the same request, marked as a client's retry, is taken for the same turn."""
@@ -209,8 +212,7 @@ class Gateway:
     # -- one request ---------------------------------------------------------------------------------------------------
 
     async def _answer(self, body: dict[str, Any], identity: Identity, arrived: float) -> Response:
-        pieces = _whole(self._stream.chat.remote(body, uuid.uuid4().hex))
-        first = await anext(pieces)
+        pieces, first = await self._begun(body)
         if isinstance(first, Refused):
             return JSONResponse(first.body, status_code=first.status)
         placing = asyncio.create_task(self._place(body["messages"], identity))  # while the reply is written
@@ -229,6 +231,20 @@ class Gateway:
             _turn(body, identity, place, answer["id"], reply, choice["finish_reason"], finished, arrived), place
         )
         return Response(first, media_type="application/json", headers=told)
+
+    async def _begun(self, body: dict[str, Any]) -> tuple[AsyncIterator[Any], Any]:
+        """(pieces, the first of them). A replica that dies before it has said anything is not the client's concern:
+        the request is held, and asked again of the next one."""
+        deadline = time.monotonic() + HELD_S
+        while True:
+            pieces = _whole(self._stream.chat.remote(body, uuid.uuid4().hex))
+            try:
+                return pieces, await anext(pieces)
+            except RayActorError:
+                if time.monotonic() > deadline:
+                    raise
+                log.warning("event=policy_gone remedy='the request is asked again'")
+                await asyncio.sleep(0.2)
 
     async def _events(
         self,

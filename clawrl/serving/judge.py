@@ -32,7 +32,7 @@ class Judge(Scorer):
         self._settings = settings
         self._hints = hints
         self._prompts = judging.load_prompts(settings.prompts)
-        self._engine = await start_engine(settings)
+        await self._adopt(await start_engine(settings))
 
     async def judge(self, turn: Turn, next_state: NextState) -> Judgement:
         """Votes and hints for one turn, m of each, asked side by side.
@@ -60,9 +60,6 @@ class Judge(Scorer):
 
     async def status(self) -> dict[str, Any]:
         return {"model": self._settings.model, "streams": self._engine.streams}
-
-    async def check_health(self) -> None:
-        await self._engine.check_health()
 
     def _abstain(self, turn: Turn, num_tokens: int, seconds: float) -> Judgement:
         limit = self._settings.max_model_len

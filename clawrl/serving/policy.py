@@ -37,13 +37,14 @@ class Policy(Scorer):
         context = ray.get_runtime_context()
         self.replica = context.get_actor_id() or "local"
         self._settings = settings
-        self._engine = await start_engine(
+        engine = await start_engine(
             settings,
             support=settings.support,
             weight_transfer=store is not None,
             tool_parser=settings.tool_parser,
             reasoning_parser=settings.reasoning_parser,
         )
+        await self._adopt(engine)
         self._chat = _openai_chat(self._engine, settings)
         self._failure: Exception | None = None
         self._canary_logprobs: tuple[np.ndarray, ...] | None = None
@@ -95,10 +96,10 @@ class Policy(Scorer):
         return {"replica": self.replica, "version": self._engine.version, "streams": self._engine.streams}
 
     async def check_health(self) -> None:
-        """Asked by Serve; a replica whose engine died or whose weights are uncertain is replaced."""
+        """Asked by Serve; a replica whose engine hangs or whose weights are uncertain is replaced."""
         if self._failure is not None:
             raise PolicyError(f"replica {self.replica} cannot serve: {self._failure}")
-        await self._engine.check_health()
+        await super().check_health()
 
     # -- following the versions ------------------------------------------------------------------------------------
 

@@ -7,6 +7,10 @@ version. Ignores which version comes next and why: the policy replica says so.
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
+import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -76,10 +80,17 @@ class ObjectStoreEngine(WeightTransferEngine[ObjectStoreInit, ObjectStoreUpdate]
 
 def register() -> None:
     """Entry point `vllm.general_plugins`: make the backend known to vLLM; safe to call again."""
+    _die_with_parent()
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, __name__, ObjectStoreEngine.__name__)
+
+
+def _die_with_parent() -> None:
+    """An engine's process ends with the replica that started it, even a replica that was killed (Linux)."""
+    if multiprocessing.parent_process() is not None and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _refresh_tied_heads(model: torch.nn.Module) -> None:

@@ -5,19 +5,20 @@ journal holds the samples and which of them a version consumed, so a buffer that
 of a lease, or hears that turns were withdrawn (opt-out, erasure), reads the unconsumed ones again, in their order.
 
     journal ──(long poll)──► waiting ──take(step)──► leased ──release(step)──► forgotten
-                                │ advance(version)
-                                └──► dropped and counted: more than max_lag versions old
+                                │ advance(line)
+                                └──► dropped and counted: more than max_lag steps old
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from clawrl.config import BufferSection
 from clawrl.observe import metric
-from clawrl.training.versions import Registry
+from clawrl.training.versions import Registry, lag
 from clawrl.types import Batch, Sample
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class ReplayBuffer:
         self._next: int | None = None  # the step that may lease of what waits: the one before it is settled
         self._dropped: set[str] = set()
         self._released: frozenset[str] = frozenset()  # samples of rejected versions: in time when first trained on
-        self._version = 0
+        self._line: tuple[int, ...] = ()  # the trainer's version and its ancestors, newest first; empty: unknown yet
         self._closed = False
         self._changed = asyncio.Condition()
         self._set_waiting([])  # an empty buffer is a measurement too
@@ -71,9 +72,9 @@ class ReplayBuffer:
         if self._leases.pop(step, None) is not None:
             self._next = step + 1
 
-    async def advance(self, version: int) -> None:
-        """The trainer is at `version`: drop what is too old for it."""
-        self._version = version
+    async def advance(self, line: Sequence[int]) -> None:
+        """The trainer is at line[0], which came from line[1] and so on: drop what is too old for it."""
+        self._line = tuple(line)
         self._set_waiting(self._waiting)
 
     async def stats(self) -> dict[str, int | None]:
@@ -104,15 +105,15 @@ class ReplayBuffer:
 
     def _set_waiting(self, samples: list[Sample]) -> None:
         """Keep those of `samples` that are young enough, or trained on again; drop and count the others."""
-        oldest = self._version - self._settings.max_lag
-        old = {sample.id for sample in samples if sample.newest_version < oldest} - self._released
+        most = self._settings.max_lag
+        old = {sample.id for sample in samples if lag(self._line, sample.newest_version) > most} - self._released
         self._waiting = [sample for sample in samples if sample.id not in old]
         metric("buffer/size_num").set(len(self._waiting))
         dropped = old - self._dropped
         if dropped:
             self._dropped |= dropped
             metric("buffer/dropped_num").inc(len(dropped))
-            log.info("event=samples_dropped number=%d version=%d", len(dropped), self._version)
+            log.info("event=samples_dropped number=%d version=%d", len(dropped), self._line[0])
 
     def _rebuild(self) -> None:
         """Forget leases and samples, and read the journal again from its beginning."""
@@ -145,14 +146,7 @@ class ReplayBuffer:
         while True:
             try:
                 if after is None:
-                    versions, events = await asyncio.gather(
-                        self._journal.versions.remote(), self._journal.version_events.remote()
-                    )
-                    states = Registry(versions, events).states()
-                    self._released = frozenset(
-                        sample for each in versions if states[each.number] == "rejected" for sample in each.samples
-                    )
-                    self._version = max(self._version, *(version.number for version in versions), 0)
+                    await self._read_versions()
                     after = 0
                 found = await self._journal.samples_to_train.remote(after, _POLL_SAMPLES, _POLL_S)
             except Exception as error:
@@ -164,3 +158,13 @@ class ReplayBuffer:
                 self._set_waiting(self._waiting + [sample for _, sample in found])
                 async with self._changed:
                     self._changed.notify_all()
+
+    async def _read_versions(self) -> None:
+        """Where the trainer stands, before it says so itself, and what rejected versions learnt from."""
+        versions, events = await asyncio.gather(self._journal.versions.remote(), self._journal.version_events.remote())
+        registry = Registry(versions, events)
+        states = registry.states()
+        self._line = self._line or registry.line(registry.head)
+        self._released = frozenset(
+            sample for each in versions if states[each.number] == "rejected" for sample in each.samples
+        )

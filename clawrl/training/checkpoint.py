@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -84,6 +85,52 @@ def read_buckets(folder: Path, bucket_bytes: int) -> Iterator[Bucket]:
     yield _bucket(names, codes, arrays)
 
 
+def require_whole(folder: Path) -> None:
+    """Raise WeightSyncError, naming the file, if a version's checkpoint is not all there. Tensors are not read."""
+    files = {file.name for file in folder.glob("*.safetensors")}
+    if not files:
+        raise WeightSyncError(f"checkpoint {folder} has no *.safetensors file; restore the folder or roll back")
+    index = folder / "model.safetensors.index.json"
+    with boundary(WeightSyncError, f"checkpoint file {index} cannot be read; restore it or roll back"):
+        expected = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else files
+    if missing := sorted(expected - files):
+        raise WeightSyncError(f"checkpoint {folder}: {missing[0]} is missing; restore it or roll back")
+    for file in sorted(expected):
+        with boundary(WeightSyncError, f"checkpoint file {file} cannot be read; restore it or roll back"):
+            _read_header(folder / file)
+    if read_canary(folder) is None:
+        raise WeightSyncError(f"checkpoint {folder} has no {_CANARY}; restore it or roll back")
+
+
+def export_checkpoint(source: Path, destination: Path) -> None:
+    """Copy a checkpoint's Hugging Face folder to `destination`, which appears whole or not at all.
+
+    The configuration then says the weights' own type. Raises WeightSyncError if there is something already.
+    """
+    if not destination.is_absolute():
+        raise WeightSyncError(f"export folder {destination} is relative to nothing here; give an absolute path")
+    with boundary(WeightSyncError, f"export folder {destination} cannot be written"):
+        if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+            raise WeightSyncError(f"export folder {destination} exists and is not empty; name another")
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = destination.with_name(f".{destination.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        for file in source.iterdir():
+            if file.is_file() and file.name != _CANARY and not file.name.startswith("."):
+                shutil.copyfile(file, unfinished / file.name)
+        header, _ = _read_header(min(source.glob("*.safetensors")))
+        types = {entry["dtype"] for entry in header.values()}
+        config = json.loads((unfinished / "config.json").read_text(encoding="utf-8"))
+        if len(types) == 1 and (dtype := types.pop()) in _NAMES:
+            config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": _NAMES[dtype]}
+            (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        _synchronise(unfinished)
+        if destination.exists():
+            destination.rmdir()
+        unfinished.rename(destination)
+
+
 def write_canary(folder: Path, canary: Canary) -> None:
     """Keep a version's canary in its folder, made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,9 +141,10 @@ def write_canary(folder: Path, canary: Canary) -> None:
 
 def read_canary(folder: Path) -> Canary | None:
     """The canary kept in a version's folder, if there is one."""
-    if not (folder / _CANARY).is_file():
+    file = folder / _CANARY
+    if not file.is_file():
         return None
-    with np.load(folder / _CANARY) as arrays:
+    with boundary(WeightSyncError, f"{file} cannot be read; restore it or roll back"), np.load(file) as arrays:
         count = len(arrays.files) // 2
         return Canary(
             token_ids=tuple(arrays[f"token_ids_{i}"] for i in range(count)),
@@ -129,16 +177,25 @@ def _write_safetensors(file: Path, bucket: Bucket) -> None:
 
 def _read_safetensors(file: Path) -> Iterator[tuple[str, str, np.ndarray]]:
     with boundary(WeightSyncError, f"checkpoint file {file} cannot be read; restore it or roll back"):
-        with file.open("rb") as source:
-            length = int.from_bytes(source.read(8), "little")
-            header = json.loads(source.read(length))
+        header, first = _read_header(file)
         content = np.asarray(np.memmap(file, np.uint8, "r"))
-        header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             if entry["dtype"] not in _CARRIERS:
                 raise WeightSyncError(f"{file}: {name} has type {entry['dtype']}; known are {', '.join(_CARRIERS)}")
-            start, end = (8 + length + offset for offset in entry["data_offsets"])
+            start, end = (first + offset for offset in entry["data_offsets"])
             yield name, entry["dtype"], content[start:end].view(_CARRIERS[entry["dtype"]]).reshape(entry["shape"])
+
+
+def _read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """(entries by tensor name, where the tensors begin). Raises ValueError if the file is shorter than it says."""
+    with file.open("rb") as source:
+        first = 8 + int.from_bytes(source.read(8), "little")
+        header = json.loads(source.read(first - 8))
+    header.pop("__metadata__", None)
+    size, end = file.stat().st_size, first + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size < end:
+        raise ValueError(f"it has {size} bytes of {end}")
+    return header, first
 
 
 def _write_index(folder: Path, files: Sequence[str], buckets: Sequence[Bucket]) -> None:

@@ -72,6 +72,22 @@ class Learner:
             fused=True,
         )
 
+    def state(self) -> dict[str, Tensor]:
+        """What a version's tensors do not say: moments and step counts and, if they are narrower, the master weights.
+
+        The tensors are the learner's own: whoever writes into them changes it.
+        """
+        found: dict[str, Tensor] = {}
+        for name, parameter in self._parameters.items():
+            own = self._optimizer.state[parameter]
+            if not own:  # as AdamW would make them at the first step
+                own["step"] = torch.zeros((), device=self._device)
+                own |= {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+            found |= {f"{name}/{key}": value for key, value in own.items()}
+            if self._dtype != torch.float32:
+                found[f"{name}/weight"] = parameter.detach()
+        return found
+
     def update(self, samples: Sequence[Sample], version: int) -> dict[str, float]:
         """One optimizer step on a batch, starting from `version`; returns the step's metrics, equal on all ranks.
 
@@ -85,7 +101,7 @@ class Learner:
         for sample in samples:
             if not trainable(sample):
                 logger.warning("event=sample_unusable sample=%s version=%d", sample.id, version)
-        metrics = _batch_metrics(usable, version) | {"samples_unusable": float(len(samples) - len(usable))}
+        metrics = _batch_metrics(usable) | {"samples_unusable": float(len(samples) - len(usable))}
         metrics["skipped"] = 1.0
         if usable:
             rows = pack(
@@ -248,10 +264,9 @@ class Learner:
                 module.reshard()
 
 
-def _batch_metrics(samples: Sequence[Sample], version: int) -> dict[str, float]:
+def _batch_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     metrics = {"samples": float(len(samples)), "tokens": float(sum(len(sample.token_ids) for sample in samples))}
     if samples:
-        metrics["lag_mean"] = float(np.mean([version - sample.newest_version for sample in samples]))
         metrics["reply_tokens_mean"] = float(np.mean([sample.loss_mask.sum() for sample in samples]))
     return metrics
 

@@ -4,15 +4,16 @@ Consumes the buffer's batches; waits for them in short turns; unblocks replicas 
 
     rank 0: store.latest ─► buffer.take(step) ─► broadcast ─┐
     all:                                     load │ train │ wait │ close
-                                              │      └► update ► hold buckets ► canary ► barrier
+                                              │      └► update ► hold buckets ► canary ► checkpoint ► barrier
     rank 0:                                   │             store.offer ► buffer.release ► buffer.advance
-                                              └► weights of the head, where it is not what this group holds
+                                              └► weights and moments of the head, where it is not what this group holds
 
-A step's number is the version it makes. Nothing is kept here that a restart would miss: a new group asks the store
-for its head and the buffer for the same step, and gets the same batch unless that step's version was recorded. The
-head is asked for before every step, so a rejected version is left the same way. AdamW's moments start anew on both
-occasions. A batch whose step could not be taken (see `Learner.update`) makes a version equal to its parent, with
-`skipped` = 1 among its metrics: its samples are consumed once, as always, and can be found by that version.
+A step's number is the version it makes; random numbers are seeded by it. Nothing is kept here that a restart would
+miss: a new group, of any size, asks the store for its head and the buffer for the same step, and gets the same batch
+unless that step's version was recorded. The head is asked for before every step, so a rejected version is left the
+same way. AdamW's moments are those of the head (`resume`), or start anew where there are none. A batch whose step
+could not be taken (see `Learner.update`) makes a version equal to its parent, with `skipped` = 1 among its metrics:
+its samples are consumed once, as always, and can be found by that version.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -36,6 +38,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from clawrl.config import LearningSection, TrainerSection, VersionsSection, model_path
 from clawrl.observe import metric
 from clawrl.training.learner import Learner
+from clawrl.training.resume import TrainerCheckpoints
+from clawrl.training.versions import LINE, lag
 from clawrl.training.weights import Head
 from clawrl.types import Batch, Bucket, WeightVersion
 
@@ -43,6 +47,9 @@ logger = logging.getLogger(__name__)
 
 TAKE_TIMEOUT_S = 2.0
 """How long rank 0 may wait for a batch at a stretch, while the other ranks wait for its broadcast."""
+
+LONGEST_PAUSE_S = 30.0
+"""Between a worker group that failed and the next."""
 
 COLLECTIVE_TIMEOUT_S = 600
 """A rank that answers no collective for so long is taken for dead."""
@@ -80,14 +87,35 @@ class _Order(NamedTuple):
 def run_trainer(
     loop: TrainLoop, run_directory: str, *, cpus_per_worker: float = 0.25, name: str = "clawrl-trainer"
 ) -> None:
-    """Train until the buffer closes. Blocks; raises Ray Train's TrainingFailedError after `max_failures` restarts."""
+    """Train until the buffer closes. Blocks; whatever ends a worker group or its controller, another one goes on.
+
+    Raises what ended the last group when `max_failures` groups in a row made no version.
+    """
+    failures = 0
+    while True:
+        before: Head = ray.get(loop.store.latest.remote())
+        try:
+            _fit(loop, run_directory, cpus_per_worker, name)
+        except Exception as error:
+            after: Head = ray.get(loop.store.latest.remote())
+            failures = 1 if after.next_number > before.next_number else failures + 1
+            logger.warning("event=trainer_failed failures=%d error=%s", failures, type(error).__name__)
+            if failures > loop.trainer.max_failures:
+                raise
+            time.sleep(min(2.0**failures, LONGEST_PAUSE_S))
+        else:
+            return
+
+
+def _fit(loop: TrainLoop, run_directory: str, cpus_per_worker: float, name: str) -> None:
+    """One Ray Train run, from a new controller to the buffer's end."""
     settings = loop.trainer
     resources: dict[str, float] = {"CPU": cpus_per_worker}
     if settings.gpus_per_worker:
         resources["GPU"] = settings.gpus_per_worker
     TorchTrainer(
         train_worker,
-        train_loop_config={"loop": loop},
+        train_loop_config={"loop": loop, "checkpoints": Path(run_directory) / "trainer"},
         torch_config=ray.train.torch.TorchConfig(
             backend="cpu:gloo,cuda:nccl" if settings.gpus_per_worker else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S
         ),
@@ -102,9 +130,9 @@ def run_trainer(
     ).fit()
 
 
-def train_worker(config: dict[str, TrainLoop]) -> None:
+def train_worker(config: dict[str, Any]) -> None:
     """One rank, from its start to the buffer's end: Ray Train's train function."""
-    loop = config["loop"]
+    loop: TrainLoop = config["loop"]
     settings = loop.trainer
     os.nice(settings.nice)
     torch.set_num_threads(settings.threads)
@@ -113,7 +141,8 @@ def train_worker(config: dict[str, TrainLoop]) -> None:
     mesh = init_device_mesh(device.type, (ray.train.get_context().get_world_size(),))
     model = model_path(loop.model)
     learner = Learner(model, settings, loop.learning, mesh)
-    _Worker(loop, learner, canary_sequences(model)).run()
+    checkpoints = TrainerCheckpoints(config["checkpoints"], settings.checkpoint_every)
+    _Worker(loop, learner, checkpoints, canary_sequences(model)).run()
 
 
 def canary_sequences(model: str) -> tuple[np.ndarray, ...]:
@@ -127,8 +156,10 @@ def canary_sequences(model: str) -> tuple[np.ndarray, ...]:
 class _Worker:
     """One rank's loop. Every method but those of rank 0 alone is called by all ranks together."""
 
-    def __init__(self, loop: TrainLoop, learner: Learner, canary: tuple[np.ndarray, ...]) -> None:
-        self._loop, self._learner, self._canary = loop, learner, canary
+    def __init__(
+        self, loop: TrainLoop, learner: Learner, checkpoints: TrainerCheckpoints, canary: tuple[np.ndarray, ...]
+    ) -> None:
+        self._loop, self._learner, self._checkpoints, self._canary = loop, learner, checkpoints, canary
         self._store, self._buffer = loop.store, loop.buffer
         self._version = 0  # the weights this group holds; those of the model's folder at first
 
@@ -141,7 +172,7 @@ class _Worker:
             if order.kind == "close":
                 return
             if order.kind == "load":
-                self._load(order.head.number)
+                self._load(order.head)
             elif order.kind == "train" and order.batch is not None:
                 self._train(order.head, order.batch)
 
@@ -157,26 +188,34 @@ class _Worker:
         """Rank 0: follow the head, then the buffer."""
         head: Head = ray.get(self._store.latest.remote())
         if head.number != self._version:
-            ray.get([self._buffer.release.remote(head.number), self._buffer.advance.remote(head.number)])
+            ray.get([self._buffer.release.remote(head.number), self._buffer.advance.remote(head.line)])
             return _Order("load", head)
         batch: Batch | None = ray.get(self._buffer.take.remote(head.next_number, TAKE_TIMEOUT_S))
         if batch is None:
             return _Order("wait", head)
         return _Order("close", head) if batch.step < 0 else _Order("train", head, batch)
 
-    def _load(self, number: int) -> None:
-        """Take the weights of a version from the store, each rank its rows."""
-        logger.info("event=load version=%d rank=%d", number, self._learner.rank)
-        self._learner.load(_fetched(self._store, number))
-        self._version = number
+    def _load(self, head: Head) -> None:
+        """Take over the head: weights from the store, each rank its rows, and the moments that go with them."""
+        logger.info("event=load version=%d rank=%d", head.number, self._learner.rank)
+        self._learner.load(_fetched(self._store, head.number))
+        if self._checkpoints.has(head.line) and not self._checkpoints.load(head.line, self._learner.state()):
+            self._learner.load(_fetched(self._store, head.number))
+        self._version = head.number
 
     def _train(self, head: Head, batch: Batch) -> None:
         """Update, publish, and settle the batch; the version may still be refused, then the head says so."""
+        line = (head.next_number, *head.line)[:LINE]
+        _seed(self._loop.trainer.seed, step=head.next_number, rank=self._learner.rank)
         metrics = self._learner.update(batch.samples, head.number)
+        metrics["lag_mean"] = float(np.mean([lag(head.line, sample.newest_version) for sample in batch.samples]))
         self._version = head.next_number
         started = time.perf_counter()
         num_buckets = self._hold(self._version)
         canary = self._learner.canary(self._canary)
+        publish_s, started = time.perf_counter() - started, time.perf_counter()
+        self._checkpoints.save(line, self._learner.state())
+        metrics |= {"publish_s": publish_s, "checkpoint_s": time.perf_counter() - started}
         dist.barrier()
         if self._learner.rank == 0:
             version = WeightVersion(
@@ -185,10 +224,10 @@ class _Worker:
                 kind="full",
                 checkpoint=None,
                 samples=tuple(sample.id for sample in batch.samples),
-                metrics=metrics | {"publish_s": time.perf_counter() - started},
+                metrics=metrics,
                 at=time.time(),
             )
-            self._settle(version, num_buckets, canary)
+            self._settle(version, num_buckets, canary, line)
 
     def _hold(self, number: int) -> int:
         """Every rank sends the buckets it gathered; returns how many there are in all."""
@@ -201,25 +240,30 @@ class _Worker:
         ray.get(sent)
         return num_buckets
 
-    def _settle(self, version: WeightVersion, num_buckets: int, canary: Any) -> None:
+    def _settle(self, version: WeightVersion, num_buckets: int, canary: Any, line: tuple[int, ...]) -> None:
         """Rank 0: offer the version and, once it is recorded, let go of its batch."""
         started = time.perf_counter()
         if not ray.get(self._store.offer.remote(version, num_buckets, canary)):
             logger.warning("event=version_refused version=%d parent=%s", version.number, version.parent)
             return
-        ray.get([self._buffer.release.remote(version.number), self._buffer.advance.remote(version.number)])
+        ray.get([self._buffer.release.remote(version.number), self._buffer.advance.remote(line)])
         metrics = version.metrics
         metric("trainer/step_num").set(version.number)
         for name, key in (("trainer/loss_value", "loss"), ("trainer/lag_num", "lag_mean")):
             if key in metrics:
                 metric(name).set(metrics[key])
         logger.info(
-            "event=step version=%d loss=%.4f grad_norm=%.3f tokens=%d seconds=%.2f publish_s=%.3f offer_s=%.3f "
-            "skipped=%d",
+            "event=step version=%d loss=%.4f grad_norm=%.3f tokens=%d seconds=%.2f publish_s=%.3f checkpoint_s=%.3f "
+            "offer_s=%.3f skipped=%d",
             version.number, metrics.get("loss", float("nan")), metrics.get("grad_norm", float("nan")),
-            metrics["tokens"], metrics["seconds"], metrics["publish_s"], time.perf_counter() - started,
-            metrics["skipped"],
+            metrics["tokens"], metrics["seconds"], metrics["publish_s"], metrics["checkpoint_s"],
+            time.perf_counter() - started, metrics["skipped"],
         )  # fmt: skip
+
+
+def _seed(seed: int, *, step: int, rank: int) -> None:
+    """Random numbers of a step depend on nothing that came before it."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
 def _fetched(store: Any, number: int) -> Iterator[Bucket]:

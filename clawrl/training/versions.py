@@ -10,7 +10,8 @@ version holds; version 0, the model as configured, serves from the start.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,8 +35,15 @@ class Verdict:
     reason: str
 
 
+LINE = 1024
+"""So many of a version's ancestors are looked at; a sample of an older version counts as this old."""
+
+
 class Registry:
-    """States of all versions, kept consistent; every change comes back as events to be recorded."""
+    """States of all versions, kept consistent; every change comes back as events to be recorded.
+
+    Who must record events before they hold changes a `copy` and applies the events to the original.
+    """
 
     def __init__(self, versions: Iterable[WeightVersion] = (), events: Iterable[VersionEvent] = ()) -> None:
         self._parents: dict[int, int] = {}
@@ -51,6 +59,11 @@ class Registry:
             if event.version not in self._states:
                 raise WeightSyncError(f"event {event.state} of version {event.version}, which was never recorded")
             self._states[event.version] = event.state
+
+    def copy(self) -> Registry:
+        other = Registry()
+        other._parents, other._states = dict(self._parents), dict(self._states)
+        return other
 
     def __contains__(self, number: int) -> bool:
         return number in self._states
@@ -86,6 +99,15 @@ class Registry:
 
     def states(self) -> dict[int, VersionState]:
         return dict(self._states)
+
+    def line(self, number: int, count: int = LINE) -> tuple[int, ...]:
+        """A version and those it came from, newest first, at most `count`."""
+        found: list[int] = []
+        at: int | None = number
+        while at is not None and len(found) < count:
+            found.append(at)
+            at = self._parents.get(at)
+        return tuple(found)
 
     def newest(self, count: int) -> list[int]:
         """The newest versions that were not rejected."""
@@ -132,6 +154,29 @@ class Registry:
             events.append(self._enter(self.head, "serving", f"restored, {number} was rejected", at))
         return events
 
+    def rollback(self, number: int | None, reason: str | None, at: float) -> list[VersionEvent]:
+        """Serve and train from `number` again (None: the parent of the serving version): all newer ones are rejected.
+
+        Raises WeightSyncError if there is no such version, or it never proved itself, or it was rejected.
+        """
+        if number is None:
+            number = self.parent(self.desired if self.serving is None else self.serving)
+            if number is None:
+                raise WeightSyncError("version 0, the model as configured, serves; there is none before it")
+        state = self.state(number)
+        if state in ("candidate", "rejected"):
+            proven = [each for each, now in self._states.items() if now in ("serving", "retired")]
+            why = "has not served yet" if state == "candidate" else "was rejected"
+            raise WeightSyncError(
+                f"version {number} {why}; choose one that has served, the newest of them is {max(proven, default=0)}"
+            )
+        reason = reason or f"rolled back to {number} by user"
+        newer = sorted(each for each, now in self._states.items() if each > number and now != "rejected")
+        events = [self._enter(each, "rejected", reason, at) for each in newer]
+        if state != "serving":
+            events.append(self._enter(number, "serving", reason, at))
+        return events
+
     def _descends(self, number: int, ancestor: int) -> bool:
         at: int | None = number
         while at is not None and at > ancestor:
@@ -145,6 +190,15 @@ class Registry:
             raise WeightSyncError(f"version {number} is {now} and cannot become {state}, only {allowed}")
         self._states[number] = state
         return VersionEvent(number, state, reason, at)
+
+
+def lag(line: Sequence[int], version: int) -> int:
+    """How many steps the head is ahead of a sample of `version`: the versions of its line (newest first) above it.
+
+    Without rejected versions that is the difference of the numbers. Numbers are never reused, so after a rollback the
+    difference would say that what the restored version samples is as old as all the rejected ones together.
+    """
+    return bisect_left(line, -version, key=lambda number: -number)
 
 
 def canary_verdict(swap: Swap, *, tolerance: float, expected_move: float | None) -> Verdict:

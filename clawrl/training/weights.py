@@ -5,7 +5,8 @@ actor on the run directory's machine, alone in writing there; all it knows comes
 
     trainer ──hold(bucket)…──► store ──offer: disk ► journal ► desired──► wait() ──► replica ──bucket()…──► report()
                                  ▲                                                                            │
-                                 └──── candidate ► serving, or rejected: desired goes back to the parent ◄────┘
+                                 ├──── candidate ► serving, or rejected: desired goes back to the parent ◄────┘
+                                 └──── rollback (a person): desired and head go back, all newer ones are rejected
 
 Tensors are put into the object store a second time, by this actor: an object lives as long as the process that put
 it, and a version must outlive the trainer that made it.
@@ -17,7 +18,8 @@ import asyncio
 import logging
 import shutil
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,19 @@ import ray
 from clawrl.config import VersionsSection
 from clawrl.errors import WeightSyncError, WithdrawnError
 from clawrl.observe import metric
-from clawrl.training.checkpoint import model_folder, read_buckets, read_canary, write_canary, write_checkpoint
+from clawrl.training.checkpoint import (
+    export_checkpoint,
+    model_folder,
+    read_buckets,
+    read_canary,
+    require_whole,
+    write_canary,
+    write_checkpoint,
+)
 from clawrl.training.forgetting import owner, plan
+from clawrl.training.history import apart, difference, listing
 from clawrl.training.versions import Registry, canary_distance, canary_verdict
-from clawrl.types import Bucket, Canary, Publication, Swap, VersionEvent, WeightVersion
+from clawrl.types import Bucket, Canary, Pin, Publication, Swap, VersionEvent, WeightVersion
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +53,7 @@ class Head:
 
     number: int
     next_number: int
+    line: tuple[int, ...] = field(default=(), compare=False)  # of the registry: it and its ancestors, newest first
 
 
 @dataclass(slots=True)
@@ -62,7 +74,9 @@ class WeightStore:
         self._folder, self._base = Path(run_directory) / "versions", model_folder(model)
         self._registry: Registry | None = None
         self._recovery, self._change = asyncio.Lock(), asyncio.Condition()
-        self._offering = asyncio.Lock()
+        self._offering, self._deciding, self._removing = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
+        self._pinned: set[int] = set()
+        self._exporting: list[int] = []
         self._held: dict[int, dict[int, ray.ObjectRef]] = {}  # version -> bucket index -> ref owned by this actor
         self._canaries: dict[int, Canary] = {}
         self._replicas: dict[str, _Replica] = {}
@@ -74,7 +88,7 @@ class WeightStore:
     async def latest(self) -> Head:
         """The version a (re)started trainer continues from; its tensors come from `bucket`."""
         registry = await self._known()
-        return Head(registry.head, registry.next_number)
+        return Head(registry.head, registry.next_number, registry.line(registry.head))
 
     async def num_buckets(self, number: int) -> int:
         """How many buckets make up a version, which is read from disk if it is no longer in memory."""
@@ -102,24 +116,16 @@ class WeightStore:
         async with self._offering:
             if version.number in registry:
                 return True
-            if version.parent is not None and registry.state(version.parent) == "rejected":
-                self._held.pop(version.number, None)
-                return False
             held = self._held.get(version.number, {})
             if sorted(held) != list(range(num_buckets)):
                 raise WeightSyncError(f"version {version.number} has buckets {sorted(held)} of {num_buckets}; hold all")
             folder = self._folder / str(version.number)
             buckets = [await held[index] for index in range(num_buckets)]
             await asyncio.to_thread(write_checkpoint, folder, buckets, self._base, canary)
-            event = registry.candidate(version.number, version.parent, time.time())
-            try:
-                await self._journal.record_version.remote(replace(version, checkpoint=str(folder)), event)
-            except WithdrawnError as error:
-                logger.warning("event=version_withdrawn version=%d reason=%r", version.number, str(error))
+            if not await self._enter(registry, replace(version, checkpoint=str(folder))):
                 del self._held[version.number]
                 await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
                 return False
-            registry.add(event, version.parent)
             self._canaries[version.number] = canary
             self._last_step = version.metrics
         metric("versions/latest_num").set(version.number)
@@ -145,11 +151,11 @@ class WeightStore:
         if self._closed:
             await asyncio.sleep(min(timeout_s, 1.0))  # a replica that asks in a loop must not spin
             return None
-        number = registry.desired
-        canary = await self._canary(number)
-        if canary is None:
-            raise WeightSyncError(f"version {number} has no canary; its folder {self._folder / str(number)} is damaged")
-        return Publication(number, len(await self._loaded(number)), canary)
+        try:
+            return await self._publication(registry.desired)
+        except WeightSyncError:
+            await self._reject_damaged(registry)
+            return await self._publication(registry.desired)
 
     async def bucket(self, number: int, index: int) -> list[ray.ObjectRef]:
         """[reference to a Bucket]: in a list, so that it travels as a reference and is read in place."""
@@ -167,18 +173,87 @@ class WeightStore:
         known.stall_ms, known.canary_error = swap.stall_ms, swap.canary_error
         expected = await self._expected_move(registry, swap.version)
         verdict = canary_verdict(swap, tolerance=self._settings.canary_tolerance, expected_move=expected)
-        events: list[VersionEvent] = []
-        if registry.state(swap.version) == "candidate" and verdict.accepted:
-            events = registry.accept(swap.version, verdict.reason, time.time())
-        elif verdict.accepted is False and swap.version != 0:
-            events = registry.reject(swap.version, verdict.reason, time.time())
+
+        def judge(changed: Registry) -> list[VersionEvent]:
+            if changed.state(swap.version) == "candidate" and verdict.accepted:
+                return changed.accept(swap.version, verdict.reason, time.time())
+            if verdict.accepted is False and swap.version != 0:
+                return changed.reject(swap.version, verdict.reason, time.time())
+            return []
+
+        await self._decide(registry, judge, swap)
         log = logger.info if verdict.accepted else logger.warning
         log(
             "event=swap version=%d replica=%s stall_ms=%.1f state=%s reason=%r",
             swap.version, swap.replica, swap.stall_ms, registry.state(swap.version), verdict.reason,
         )  # fmt: skip
-        await self._journal.append.remote(swap, *events)
-        await self._wake()
+
+    # --- the operator's side: keyword arguments in, JSON out ---
+
+    async def rollback(self, number: int | None = None, reason: str | None = None) -> dict[str, Any]:
+        """Serve `number` again and go on training from it (None: the serving version's parent); nobody waits.
+
+        All newer versions are rejected, for good; what they learnt from stays consumed, and a step that is in work is
+        refused and its batch trained again. Raises WeightSyncError if the version cannot serve.
+        """
+        _require("number", number, int | None)
+        _require("reason", reason, str | None)
+        registry = await self._known()
+        async with self._removing:  # its checkpoint stays while it is looked at
+            target = number if number is not None else registry.parent(registry.serving or 0)
+            if target is not None and registry.state(target) == "retired":
+                await self._require_checkpoint(target)
+            events = await self._decide(registry, lambda changed: changed.rollback(target, reason, time.time()))
+        rejected = [event.version for event in events if event.state == "rejected"]
+        logger.warning("event=rollback version=%d rejected=%s", registry.desired, rejected)
+        return {"serving": registry.desired, "rejected": rejected, "next": registry.next_number}
+
+    async def pin(self, number: int, pinned: bool = True) -> dict[str, Any]:
+        """Keep a version's checkpoint for good, or no longer. Raises WeightSyncError if it is gone or damaged."""
+        _require("number", number, int)
+        _require("pinned", pinned, bool)
+        registry = await self._known()
+        registry.state(number)
+        async with self._removing:
+            if pinned:
+                await self._require_checkpoint(number)
+            await self._journal.append.remote(Pin(number, pinned, time.time()))
+            (self._pinned.add if pinned else self._pinned.discard)(number)
+        return {"number": number, "pinned": pinned}
+
+    async def versions(self, last: int | None = None) -> list[dict[str, Any]]:
+        """What is known of each version, or of the `last` ones, oldest first."""
+        _require("last", last, int | None)
+        entries, _ = await self._told(await self._known())
+        return entries if last is None else entries[max(0, len(entries) - last) :]
+
+    async def diff(self, one: int, other: int) -> dict[str, Any]:
+        """Two versions side by side, and which turns made the difference: ids, never what was said."""
+        registry = await self._known()
+        for number in (one, other):
+            _require("number", number, int)
+            registry.state(number)
+        entries, records = await self._told(registry)
+        between = apart(registry, one, other)
+        turns = [turn for record in records if record.number in between for turn in record.samples]
+        authors = await self._journal.authors.remote(turns)
+        chosen = {entry["number"]: entry for entry in entries}
+        return difference([chosen[one], chosen[other]], between, records, authors)
+
+    async def export(self, number: int, folder: str) -> dict[str, Any]:
+        """Copy a version as a plain Hugging Face folder on this actor's machine; nothing is overwritten."""
+        _require("number", number, int)
+        _require("folder", folder, str)
+        registry = await self._known()
+        registry.state(number)
+        async with self._removing:
+            await self._require_checkpoint(number)
+            self._exporting.append(number)
+        try:
+            await asyncio.to_thread(export_checkpoint, self._checkpoint(number), Path(folder))
+        finally:
+            self._exporting.remove(number)
+        return {"number": number, "folder": folder}
 
     async def status(self) -> dict[str, Any]:
         """desired, serving and head versions, the state of each, and what the replicas seen lately said last."""
@@ -202,8 +277,6 @@ class WeightStore:
         self._closed = True
         await self._wake()
 
-    # --- the operator's side: keyword arguments in, JSON out ---
-
     async def forget(
         self, user: str | None = None, session: str | None = None, retrain: bool = False, yes: bool = False
     ) -> dict[str, Any]:
@@ -211,19 +284,22 @@ class WeightStore:
 
         Without `yes` only what would be done is told. Raises ClawrlError if it is not clear whose content is meant.
         """
-        owner = await self._owner(user, session)
+        for name, flag in (("retrain", retrain), ("yes", yes)):
+            _require(name, flag, bool)
         registry = await self._known()
-        async with self._offering:
+        async with self._offering, self._removing, self._deciding:
+            whose = owner(user, session, [] if user or not session else await self._journal.owners.remote(session))
             found, versions, events = await asyncio.gather(
-                self._journal.content.remote(owner, session),
+                self._journal.content.remote(whose, session),
                 self._journal.versions.remote(), self._journal.version_events.remote(),
             )  # fmt: skip
             on_disk = await asyncio.to_thread(_numbers, self._folder)
-            planned = plan(owner, session, found, versions, events, retrain=retrain, on_disk=on_disk, at=time.time())
+            planned = plan(whose, session, found, versions, events, retrain=retrain, on_disk=on_disk, at=time.time())
             if not yes:
                 return planned.told(done=False)
             await self._journal.erase.remote(planned.erasure, planned.records())
             registry.apply(planned.events)
+            self._pinned -= set(planned.pinned)
             for number in planned.checkpoints:
                 self._held.pop(number, None)
                 self._canaries.pop(number, None)
@@ -232,23 +308,101 @@ class WeightStore:
         await self._wake()
         return planned.told(done=True)
 
-    async def _owner(self, user: str | None, session: str | None) -> str:
-        return owner(user, session, [] if user or not session else await self._journal.owners.remote(session))
-
     # --- inside ---
 
     async def _known(self) -> Registry:
         """The registry, rebuilt from the journal on the first call of this actor's life."""
         async with self._recovery:
             if self._registry is None:
-                versions, events = await asyncio.gather(
-                    self._journal.versions.remote(), self._journal.version_events.remote()
+                versions, events, pins = await asyncio.gather(
+                    self._journal.versions.remote(), self._journal.version_events.remote(), self._journal.pins.remote()
                 )
-                self._registry = Registry(versions, events)
-                self._last_step = versions[-1].metrics if versions else {}
-                metric("versions/latest_num").set(self._registry.head)
+                registry = Registry(versions, events)
+                if versions and not self._folder.is_dir():
+                    raise WeightSyncError(f"{self._folder} is missing, and {len(versions)} versions in it; restore it")
                 await asyncio.to_thread(self._folder.mkdir, parents=True, exist_ok=True)
+                await self._reject_damaged(registry)
+                latest = {pin.version: pin.pinned for pin in pins}
+                self._pinned = {number for number, pinned in latest.items() if pinned}
+                self._last_step = versions[-1].metrics if versions else {}
+                metric("versions/latest_num").set(registry.head)
+                self._registry = registry
         return self._registry
+
+    async def _reject_damaged(self, registry: Registry) -> None:
+        """A version whose checkpoint cannot be read cannot serve or be trained from: its parent does, if that one can.
+
+        Nothing is removed or overwritten.
+        """
+        while damage := await asyncio.to_thread(self._damage, registry):
+            number, reason = damage
+            logger.error("event=checkpoint_damaged version=%d reason=%s", number, reason)
+            await self._decide(
+                registry,
+                lambda changed, number=number, reason=reason: changed.reject(
+                    number, f"checkpoint damaged: {reason}", time.time()
+                ),
+            )
+
+    def _damage(self, registry: Registry) -> tuple[int, str] | None:
+        """The newest version in use whose checkpoint cannot be read, and why."""
+        for number in sorted({registry.head, registry.desired} - {0}, reverse=True):
+            try:
+                require_whole(self._folder / str(number))
+            except WeightSyncError as error:
+                return number, str(error)
+        return None
+
+    async def _enter(self, registry: Registry, version: WeightVersion) -> bool:
+        """Record a version as a candidate; false if its parent was rejected meanwhile, or some samples withdrawn."""
+        async with self._deciding:
+            if version.parent is not None and registry.state(version.parent) == "rejected":
+                return False
+            event = registry.candidate(version.number, version.parent, time.time())
+            try:
+                await self._journal.record_version.remote(version, event)
+            except WithdrawnError as error:
+                logger.warning("event=version_withdrawn version=%d reason=%r", version.number, str(error))
+                return False
+            registry.add(event, version.parent)
+        return True
+
+    async def _decide(
+        self, registry: Registry, change: Callable[[Registry], list[VersionEvent]], *records: Any
+    ) -> list[VersionEvent]:
+        """Change the registry once the journal has the events, and `records` with them: both or neither."""
+        async with self._deciding:
+            events = change(registry.copy())
+            if events or records:
+                await self._journal.append.remote(*records, *events)
+            registry.apply(events)
+        await self._wake()
+        return events
+
+    async def _told(self, registry: Registry) -> tuple[list[dict[str, Any]], list[WeightVersion]]:
+        """All versions as `history.listing` tells them, and their records."""
+        versions, events, decisions = await asyncio.gather(
+            self._journal.versions.remote(), self._journal.version_events.remote(),
+            self._journal.gate_decisions.remote(),
+        )  # fmt: skip
+        on_disk = {0, *await asyncio.to_thread(_numbers, self._folder)}
+        return listing(registry, versions, events, decisions, pinned=self._pinned, on_disk=on_disk), versions
+
+    def _checkpoint(self, number: int) -> Path:
+        return self._base if number == 0 else self._folder / str(number)
+
+    async def _require_checkpoint(self, number: int) -> None:
+        """Raises WeightSyncError if a version's checkpoint is gone or damaged, naming those that can be had."""
+        if number == 0:
+            return
+        folder = self._folder / str(number)
+        if not folder.is_dir():
+            kept = ", ".join(map(str, sorted({0, *await asyncio.to_thread(_numbers, self._folder)})))
+            raise WeightSyncError(
+                f"the checkpoint of version {number} is no longer in {self._folder}, those of {kept} are; "
+                "raise versions.keep or pin versions to keep more"
+            )
+        await asyncio.to_thread(require_whole, folder)
 
     async def _wake(self) -> None:
         async with self._change:
@@ -258,12 +412,18 @@ class WeightStore:
         """References to a version's buckets, from memory or else read from its checkpoint."""
         (await self._known()).state(number)
         if number not in self._held:
-            folder = self._base if number == 0 else self._folder / str(number)
+            folder = self._checkpoint(number)
             logger.info("event=version_read version=%d folder=%s", number, folder)
             refs = await asyncio.to_thread(_put_all, folder, self._settings.bucket_mib << 20)
             self._held.setdefault(number, dict(enumerate(refs)))
         held = self._held[number]
         return [held[index] for index in sorted(held)]
+
+    async def _publication(self, number: int) -> Publication:
+        canary = await self._canary(number)
+        if canary is None:
+            raise WeightSyncError(f"version {number} has no canary; its folder {self._folder / str(number)} is damaged")
+        return Publication(number, len(await self._loaded(number)), canary)
 
     async def _canary(self, number: int) -> Canary | None:
         if number not in self._canaries:
@@ -282,15 +442,17 @@ class WeightStore:
         return canary_distance(now, before) if now and before else None
 
     async def _forget_old(self, registry: Registry) -> None:
-        """Drop what is beyond `keep_in_memory` and `keep`; desired, serving and head versions always stay."""
+        """Drop what is beyond `keep_in_memory` and `keep`; desired, serving, head and pinned stay on disk."""
         needed = {registry.desired, registry.serving, registry.head}
         numbers = sorted(number for number in self._held if number in registry)
         for number in set(numbers[: -self._settings.keep_in_memory]) - needed:
             del self._held[number]
-        stay = set(registry.newest(self._settings.keep)) | needed | {0}
-        for number in set(self._canaries) - stay:
-            del self._canaries[number]
-        await asyncio.to_thread(_remove_others, self._folder, stay)
+        async with self._removing:
+            newest = registry.newest(self._settings.keep)
+            stay = {*newest, *needed, *self._pinned, *self._exporting, 0}
+            for number in set(self._canaries) - stay:
+                del self._canaries[number]
+            await asyncio.to_thread(_remove_others, self._folder, stay)
 
 
 def _put_all(folder: Path, bucket_bytes: int) -> list[ray.ObjectRef]:
@@ -307,3 +469,9 @@ def _remove_others(folder: Path, stay: set[int | None]) -> None:
     for number in _numbers(folder):
         if number not in stay:
             shutil.rmtree(folder / str(number), ignore_errors=True)
+
+
+def _require(name: str, value: Any, kind: Any) -> None:
+    """Acts come from outside, where JSON holds anything. Raises WeightSyncError for a value of another type."""
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise WeightSyncError(f"{name}={value!r} is not of type {getattr(kind, '__name__', kind)}")

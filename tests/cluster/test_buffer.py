@@ -13,7 +13,7 @@ import ray
 from clawrl.config import BufferSection
 from clawrl.journal.actor import Journal
 from clawrl.training.buffer import CLOSED, ReplayBuffer
-from clawrl.types import Sample, WeightVersion
+from clawrl.types import Sample, VersionEvent, WeightVersion
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
 PATIENCE_S = 30.0
@@ -131,9 +131,9 @@ def test_stale_samples_are_dropped_and_counted(journal, start):
     append(journal, "abc", version=0)
     append(journal, "def", version=1)
     stats(buffer, size=6)
-    answer(buffer.advance.remote(2))
+    answer(buffer.advance.remote([2, 1, 0]))
     assert stats(buffer) == {"size": 6, "leased": 0, "dropped": 0, "oldest_version": 0}
-    answer(buffer.advance.remote(3))
+    answer(buffer.advance.remote([3, 2, 1, 0]))
     assert stats(buffer) == {"size": 3, "leased": 0, "dropped": 3, "oldest_version": 1}
     append(journal, "gh", version=0)
     append(journal, "i", version=3)
@@ -146,15 +146,35 @@ def test_a_lease_outlives_its_age(journal, start):
     append(journal, "abcdefgh")
     assert take(buffer, 1) == "abcd"
     stats(buffer, size=4)
-    answer(buffer.advance.remote(5))
+    answer(buffer.advance.remote([5, 4, 3, 2, 1, 0]))
     assert take(buffer, 1) == "abcd"
+    assert stats(buffer)["dropped"] == 4
+
+
+def test_a_rollback_makes_no_sample_older_and_the_refused_batch_comes_again(journal, start):
+    for number in range(1, 9):
+        record(journal, number, "")
+    rejected = [VersionEvent(number, "rejected", "rolled back", 5.0) for number in range(4, 9)]
+    append(journal, "abcd", version=8)  # by the line that was rejected
+    append(journal, "efgh", version=3)
+    answer(journal.append.remote(*rejected))
+    buffer = start(max_lag=1)  # it starts after the rollback, and finds the line in the journal
+    stats(buffer, size=8, dropped=0)
+    assert take(buffer, 9) == "abcd"
+    answer(buffer.advance.remote([3, 2, 1, 0]))  # offer 9 was refused, 9 is made again
+    assert take(buffer, 9) == "abcd"
+    answer(journal.record_version.remote(WeightVersion(9, 3, "full", None, tuple("abcd"), {}, 6.0), None))
+    answer([buffer.release.remote(9), buffer.advance.remote([9, 3, 2, 1, 0])])
+    assert stats(buffer) == {"size": 4, "leased": 0, "dropped": 0, "oldest_version": 3}  # 3 is one step ago, not six
+    answer(buffer.advance.remote([10, 9, 3, 2, 1, 0]))
     assert stats(buffer)["dropped"] == 4
 
 
 def test_cold_start_reads_what_no_version_consumed(journal, start):
     append(journal, "abcdefgh", version=0)
     append(journal, "ijkl", version=3)
-    record(journal, 3, "abc")
+    for number, ids in ((1, "a"), (2, "b"), (3, "c")):
+        record(journal, number, ids)
     buffer = start(max_lag=2)
     assert take(buffer, 4) == "ijkl"  # d to h are three versions old
     assert stats(buffer) == {"size": 0, "leased": 4, "dropped": 5, "oldest_version": None}

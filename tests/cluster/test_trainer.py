@@ -1,9 +1,15 @@
-"""The trainer: two gloo workers under Ray Train against one in this process, and a rank that is killed."""
+"""The trainer: two gloo workers under Ray Train against one in this process that nothing interrupts.
+
+A rank is killed, the application is started again with one worker, its controller is killed, a version is rolled back.
+"""
 
 import os
 import signal
+import statistics
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,9 +28,10 @@ from clawrl.journal.actor import Journal
 from clawrl.training.buffer import ReplayBuffer
 from clawrl.training.checkpoint import read_buckets, read_canary
 from clawrl.training.learner import Learner
+from clawrl.training.resume import TrainerCheckpoints
 from clawrl.training.trainer import TrainLoop, canary_sequences, run_trainer
 from clawrl.training.weights import WeightStore
-from clawrl.types import Bucket, Distillation, Sample, WeightVersion
+from clawrl.types import Bucket, Distillation, Sample, Swap, WeightVersion
 
 pytestmark = pytest.mark.cluster
 
@@ -89,7 +96,6 @@ def test_the_loss_falls_on_a_repeated_batch(learner):
         metrics[0]["loss_rl"] + metrics[0]["loss_opd"] + LEARNING.kl_weight * metrics[0]["loss_kl"], rel=1e-6
     )
     assert metrics[0]["tokens"] == sum(len(sample.token_ids) for sample in batch)
-    assert metrics[0]["lag_mean"] == 1
     assert 0 < metrics[0]["update_norm"] < 1
     assert "mismatch" not in metrics[0]  # no token was sampled under these very weights
 
@@ -179,13 +185,87 @@ def check_canary(folder: Path, canary: Any) -> None:
         np.testing.assert_allclose(table.gather(-1, tokens[1:, None])[:, 0].numpy(), logprobs, atol=1e-4)
 
 
+class Training:
+    """Journal, buffer, store and a trainer over one run directory, in a thread; Ray restarts none of them."""
+
+    def __init__(self, folder: Path, workers: int) -> None:
+        def actor(cls: Any, *arguments: Any) -> Any:
+            return ray.remote(cls).options(num_cpus=0).remote(*arguments)
+
+        self.journal = actor(Journal, f"sqlite:///{folder}/journal.sqlite")
+        self.buffer = actor(ReplayBuffer, BufferSection(batch_size=BATCH), self.journal)
+        self.store = actor(WeightStore, VERSIONS, self.journal, str(folder), "clawrl:tiny")
+        settings = SETTINGS.model_copy(update={"workers": workers})
+        self._loop = TrainLoop(settings, LEARNING, VERSIONS, "clawrl:tiny", self.buffer, self.store)
+        self._folder, self.failure = folder, []
+        self._thread = threading.Thread(target=self._train)
+        self._thread.start()
+
+    def _train(self) -> None:
+        try:
+            run_trainer(self._loop, str(self._folder))
+        except BaseException as error:
+            self.failure.append(error)
+
+    def give(self, batch: int, version: int) -> None:
+        """Append the samples of the batch of this number (from 0), sampled by `version`."""
+        get(self.journal.append.remote(*(make_sample(i, version) for i in numbers(batch))))
+
+    def wait_for(self, number: int) -> None:
+        deadline = time.monotonic() + 90
+        while get(self.store.latest.remote()).number < number:
+            assert time.monotonic() < deadline, f"no version {number}: {self.failure}"
+            assert self._thread.is_alive(), self.failure
+            time.sleep(0.1)
+
+    def close(self) -> tuple[list[WeightVersion], float]:
+        """The versions, and the seconds until the trainer had ended."""
+        started = time.monotonic()
+        get(self.buffer.close.remote())
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+        versions = get(self.journal.versions.remote())
+        closed_s = time.monotonic() - started
+        get(self.journal.close.remote())
+        for each in (self.store, self.buffer, self.journal):
+            ray.kill(each)
+        return versions, closed_s
+
+
+def numbers(batch: int) -> range:
+    return range(batch * BATCH, (batch + 1) * BATCH)
+
+
+def kill_9(name: str) -> None:
+    """Kill a process of Ray Train that this test process started."""
+    for process in psutil.Process().children(recursive=True):
+        if name in "".join(process.cmdline()):
+            process.send_signal(signal.SIGKILL)
+            return
+    raise AssertionError(f"no {name} is running")
+
+
+def wait_gone(name: str) -> None:
+    deadline = time.monotonic() + 30
+    while any(name in "".join(each.cmdline()) for each in _children()):
+        assert time.monotonic() < deadline, f"{name} still runs"
+        time.sleep(0.1)
+
+
+def _children() -> Iterator[psutil.Process]:
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            process.cmdline()
+            yield process
+
+
 @dataclass
 class Run:
-    """What two workers under Ray Train did: versions 1 and 2, a killed rank, versions 3 and 4, the end."""
+    """What happened: 1 and 2, a killed rank, 3 and 4; one worker instead of two, 5, a killed controller, 6; a rollback
+    to 4, and 7."""
 
     folder: Path
     versions: list[WeightVersion]
-    restart_s: float
     close_s: float
     buffer_stats: dict[str, Any]
     failure: list[BaseException]
@@ -194,49 +274,30 @@ class Run:
 @pytest.fixture(scope="module")
 def run(cluster, tmp_path_factory) -> Run:
     folder = tmp_path_factory.mktemp("run")
-    journal: Any = ray.remote(Journal).options(num_cpus=0).remote(f"sqlite:///{folder}/journal.sqlite")
-    buffer: Any = ray.remote(ReplayBuffer).options(num_cpus=0).remote(BufferSection(batch_size=BATCH), journal)
-    store: Any = ray.remote(WeightStore).options(num_cpus=0).remote(VERSIONS, journal, str(folder), "clawrl:tiny")
-    loop = TrainLoop(SETTINGS, LEARNING, VERSIONS, "clawrl:tiny", buffer, store)
-    failure: list[BaseException] = []
-
-    def train() -> None:
-        try:
-            run_trainer(loop, str(folder))
-        except BaseException as error:
-            failure.append(error)
-
-    def wait_for(number: int) -> None:
-        deadline = time.monotonic() + 60
-        while get(store.latest.remote()).number < number:
-            assert time.monotonic() < deadline, f"no version {number}: {failure}"
-            assert thread.is_alive(), failure
-            time.sleep(0.1)
-
-    thread = threading.Thread(target=train)
-    thread.start()
-    get(journal.append.remote(*(make_sample(i) for i in range(2 * BATCH))))
-    wait_for(2)
-    os.kill(_pid_of_a_rank(), signal.SIGKILL)
-    killed = time.monotonic()
-    get(journal.append.remote(*(make_sample(i, version=2) for i in range(2 * BATCH, 4 * BATCH))))
-    wait_for(4)
-    restart_s = time.monotonic() - killed
-    stats = get(buffer.stats.remote())
-    closed = time.monotonic()
-    get(buffer.close.remote())
-    thread.join(30)
-    assert not thread.is_alive()
-    versions = get(journal.versions.remote())
-    return Run(folder, versions, restart_s, time.monotonic() - closed, stats, failure)
-
-
-def _pid_of_a_rank() -> int:
-    """A train worker among the processes that this test process started."""
-    for process in psutil.Process().children(recursive=True):
-        if "RayTrainWorker" in "".join(process.cmdline()):
-            return process.pid
-    raise AssertionError("no train worker is running")
+    first = Training(folder, workers=2)
+    first.give(0, 0)
+    first.give(1, 0)
+    first.wait_for(2)
+    kill_9("RayTrainWorker")
+    first.give(2, 2)
+    first.give(3, 2)
+    first.wait_for(4)
+    stats = get(first.buffer.stats.remote())
+    _, close_s = first.close()
+    second = Training(folder, workers=1)
+    second.give(4, 4)
+    second.wait_for(5)
+    kill_9("TrainController")
+    wait_gone("RayTrainWorker")
+    second.give(5, 5)
+    second.wait_for(6)
+    get(second.store.report.remote(Swap(4, "replica", 1.0, 0.0, 1.0, 0.0)))  # it served once
+    get([second.store.pin.remote(number) for number in (5, 6)])  # their weights are compared below
+    get(second.store.rollback.remote(4))
+    second.give(6, 4)
+    second.wait_for(7)
+    versions, _ = second.close()
+    return Run(folder, versions, close_s, stats, first.failure + second.failure)
 
 
 def test_two_workers_make_the_update_of_one(run, learner):
@@ -261,20 +322,93 @@ def test_every_version_comes_with_its_canary(run):
         check_canary(run.folder / "versions" / str(number), canary)
 
 
-def test_a_killed_rank_is_replaced_and_nothing_is_trained_twice_or_never(run):
-    assert [(version.number, version.parent) for version in run.versions] == [(1, 0), (2, 1), (3, 2), (4, 3)]
+def test_nothing_is_trained_twice_or_never(run):
+    """Whoever was killed; what the rejected versions learnt from stays consumed."""
+    parents = [(version.number, version.parent) for version in run.versions]
+    assert parents == [(1, 0), (2, 1), (3, 2), (4, 3), (5, 4), (6, 5), (7, 4)]
     consumed = [name for version in run.versions for name in version.samples]
-    assert consumed == [f"turn-{i}" for i in range(4 * BATCH)]
+    assert consumed == [f"turn-{i}" for i in range(7 * BATCH)]
     assert run.failure == []
     assert run.buffer_stats["leased"] == run.buffer_stats["size"] == run.buffer_stats["dropped"] == 0
+    assert [version.metrics["lag_mean"] for version in run.versions] == [0, 1, 0, 1, 0, 0, 0]
 
 
-def test_the_restarted_group_goes_on_from_the_latest_version(run, learner):
-    """Version 3 is version 2's weights and a fresh optimizer's step on the third batch."""
-    learner.load(read_buckets(run.folder / "versions" / "2", 1 << 30))
-    learner.update([make_sample(i, version=2) for i in range(2 * BATCH, 3 * BATCH)], 2)
-    expected, found = tensors(learner.buckets(1 << 30)), tensors(read_buckets(run.folder / "versions" / "3", 1 << 30))
-    assert max(np.abs(found[name] - expected[name]).max() for name in expected) < 1e-5
+def test_restarts_change_nothing(run, learner):
+    """After each of them the weights are those of one process that trained on without a break."""
+    for step in range(6):
+        learner.update([make_sample(i, version=[0, 0, 2, 2, 4, 5][step]) for i in numbers(step)], step)
+        assert gap(learner, run, step + 1) < 1e-6, f"version {step + 1}"
+
+
+def test_without_their_moments_the_weights_would_differ(run, learner):
+    learner.load(read_buckets(run.folder / "versions" / "4", 1 << 30))
+    learner.update([make_sample(i, version=4) for i in numbers(4)], 4)
+    assert gap(learner, run, 5) > 1e-5
+
+
+def test_after_a_rollback_the_restored_version_is_trained(run, learner):
+    """Its moments are gone: they start anew."""
+    learner.load(read_buckets(run.folder / "versions" / "4", 1 << 30))
+    learner.update([make_sample(i, version=4) for i in numbers(6)], 4)
+    assert gap(learner, run, 7) < 1e-5
+
+
+def gap(learner: Learner, run: Run, number: int) -> float:
+    """The largest difference between the learner's weights and a version's."""
+    expected = tensors(learner.buckets(1 << 30))
+    found = tensors(read_buckets(run.folder / "versions" / str(number), 1 << 30))
+    return max(float(np.abs(found[name] - expected[name]).max()) for name in expected)
+
+
+def test_only_the_last_checkpoints_of_the_line_stay(run):
+    assert {path.name for path in (run.folder / "trainer").iterdir()} == {"7-from-4"}
+
+
+def test_checkpoints_are_quick(run):
+    assert statistics.median(version.metrics["checkpoint_s"] for version in run.versions) < 0.2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_restores_moments_and_master_weights(alone, tmp_path, dtype):
+    settings = SETTINGS.model_copy(update={"dtype": dtype})
+    one, other = (Learner(BASE, settings, LEARNING, alone) for _ in range(2))
+    checkpoints = TrainerCheckpoints(tmp_path, every=1)
+    one.update([make_sample(i) for i in numbers(0)], 0)
+    checkpoints.save((1, 0), one.state())
+    assert checkpoints.has((1, 0))
+    other.load(bucket for bucket in one.buckets(1 << 30) if bucket is not None)
+    assert checkpoints.load((1, 0), other.state())
+    for learner in (one, other):
+        learner.update([make_sample(i) for i in numbers(1)], 1)
+    ours, theirs = one.state(), other.state()
+    assert ours.keys() == theirs.keys()
+    assert (dtype == "bfloat16") == any(key.endswith("/weight") for key in ours)
+    assert all(torch.equal(whole(ours[key]), whole(theirs[key])) for key in ours)
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def test_a_damaged_or_missing_checkpoint_is_said_and_survived(learner, tmp_path, caplog):
+    caplog.set_level("INFO")
+    checkpoints = TrainerCheckpoints(tmp_path, every=2)
+    checkpoints.save((1, 0), learner.state())
+    assert not checkpoints.has((1, 0))  # every second
+    assert "event=moments_anew version=1" in caplog.text
+    checkpoints.save((2, 1, 0), learner.state())
+    assert checkpoints.has((2, 1, 0))
+    assert not checkpoints.has((2, 0))  # the same number from another parent
+    shards = next((tmp_path / "2-from-1").glob("*.distcp"))
+    os.truncate(shards, shards.stat().st_size // 2)
+    assert not checkpoints.load((2, 1, 0), learner.state())
+    assert "event=moments_anew version=2" in caplog.text
+    (tmp_path / "2-from-1" / ".metadata").write_bytes(b"torn")
+    assert not checkpoints.load((2, 1, 0), learner.state())
+    blocked = TrainerCheckpoints(tmp_path / "file" / "below", every=1)
+    (tmp_path / "file").write_text("")
+    blocked.save((1, 0), learner.state())
+    assert "event=checkpoint_not_saved version=1" in caplog.text
 
 
 def test_publishing_is_quick_and_closing_too(run):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
+import re
 import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,6 +21,7 @@ import torch
 from running import STOP_S, Server, stop_server
 
 from clawrl.config import model_path
+from clawrl.training.checkpoint import read_canary
 from clawrl.training.model import TokenScorer
 from envs.chat.conversation import evaluate, hold_conversation
 from envs.chat.user import SimulatedUser
@@ -295,6 +299,74 @@ def test_the_served_weights_are_the_published_checkpoint(server: Server):
     initial = scored(model_path("clawrl:tiny"), *ids)
     np.testing.assert_allclose(published, turn.capture.logprobs, atol=1e-3)
     assert np.abs(initial - turn.capture.logprobs).max() > 0.05
+
+
+def clawrl(server: Server, *words: str) -> str:
+    """What a command prints."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "clawrl.cli", *words, "--url", server.url], capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def test_a_rollback_fails_no_request_and_training_goes_on_from_there(server: Server):
+    async def talk_and_roll_back() -> tuple[list[Any], str]:
+        talking = asyncio.create_task(converse(server.async_client(), 60, 16, seed=21))
+        await asyncio.sleep(3)
+        said = await asyncio.to_thread(clawrl, server, "rollback", "--reason", "a test")
+        return await talking, said
+
+    conversations, said = asyncio.run(talk_and_roll_back())
+    assert sum(conversation.num_failed for conversation in conversations) == 0
+    found = re.match(r"version (\d+) serves; rejected: ([\d ]+); the next version will be (\d+)", said)
+    assert found is not None, said
+    restored, rejected, following = int(found[1]), [int(number) for number in found[2].split()], int(found[3])
+    assert restored < min(rejected)
+    server.wait_for("the next version", lambda: server.status()["versions"]["states"].get(str(following)) == "serving")
+    records = {version.number: version for version in server.journal().versions()}
+    assert records[following].parent == restored
+    told = {entry["number"]: entry for entry in json.loads(clawrl(server, "versions", "--json"))}
+    assert {told[number]["state"] for number in rejected} == {"rejected"}
+    assert {told[number]["reason"] for number in rejected} == {"a test"}
+    swaps = [swap.version for swap in server.journal().swaps()]
+    last = {version: at for at, version in enumerate(swaps)}
+    assert last[restored] > max(last.get(number, -1) for number in rejected)
+
+
+def test_a_version_is_pinned_compared_and_exported(server: Server, tmp_path: Path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    states = server.status()["versions"]["states"]
+    number = server.status()["versions"]["serving"]
+    assert f"version {number} is pinned" in clawrl(server, "pin", str(number))
+    parent = str(max(int(each) for each, state in states.items() if state == "retired"))
+    assert "turns by user: local" in clawrl(server, "diff", parent, str(number))
+    clawrl(server, "export", str(number), str(tmp_path / "out"))
+    canary = read_canary(server.run_directory / "versions" / str(number))
+    assert canary is not None
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").encode("hello")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for ids, logprobs in zip(canary.token_ids, canary.logprobs, strict=True):
+        tokens = torch.from_numpy(ids).long()
+        with torch.no_grad():
+            table = model(tokens[None]).logits[0, :-1].log_softmax(-1)
+        np.testing.assert_allclose(table.gather(-1, tokens[1:, None])[:, 0].numpy(), logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "status", "message"),
+    [
+        ("rollback", {"number": 9999}, 400, "version 9999 does not exist"),
+        ("rollback", {"version": 1}, 400, "rollback cannot be called with"),
+        ("nothing", {}, 404, "there is no act 'nothing'; known are "),
+    ],
+)
+def test_an_act_that_cannot_be_is_refused(server: Server, name: str, body: dict, status: int, message: str):
+    response = httpx.post(f"{server.url}/admin/{name}", json=body, timeout=30)
+    assert response.status_code == status
+    assert message in response.json()["error"]["message"]
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
 def test_no_sample_is_consumed_twice(server: Server):

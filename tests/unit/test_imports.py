@@ -35,7 +35,14 @@ FOREIGN = {
 
 ENV_ALLOWED = ("clawrl.types", "clawrl.rollout.env")
 
-PURE = ["rollout/samples.py", "training/pack.py", "training/versions.py", "serving/sessions.py", "serving/judging.py"]
+PURE = [
+    "rollout/samples.py",
+    "training/pack.py",
+    "training/versions.py",
+    "training/history.py",
+    "serving/sessions.py",
+    "serving/judging.py",
+]
 """Modules whose computations run without Ray."""
 
 

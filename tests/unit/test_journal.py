@@ -18,8 +18,11 @@ from clawrl.types import (
     Capture,
     Distillation,
     Feedback,
+    GateCheck,
+    GateDecision,
     Judgement,
     NextState,
+    Pin,
     Sample,
     Scores,
     Swap,
@@ -442,3 +445,19 @@ class TestOpening:
         with pytest.raises(JournalError, match=r"journal\.url.*use sqlite:////folder/journal\.sqlite") as caught:
             JournalStore(url)
         assert "secret" not in str(caught.value)
+
+
+def test_pins_and_decisions_come_back_in_order(store):
+    check = GateCheck("reward", 0.5, None, 0.7, "at least 0.2", True)
+    decision = GateDecision(2, "before", True, "fine", (check,), 1.5, 9.0)
+    store.append(Pin(2, True, 1.0), decision, Pin(2, False, 2.0))
+    assert store.pins() == [Pin(2, True, 1.0), Pin(2, False, 2.0)]
+    assert store.gate_decisions() == [decision]
+
+
+def test_authors_of_many_turns(store):
+    store.append(*(turn(f"t{i}", user="bob" if i % 2 else "ann", session=f"s{i}") for i in range(1200)))
+    found = store.authors([f"t{i}" for i in range(1200)] + ["erased"])
+    assert len(found) == 1200
+    assert {("t1", "bob", "s1"), ("t1100", "ann", "s1100")} <= set(found)
+    assert store.authors([]) == []

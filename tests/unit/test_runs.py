@@ -45,5 +45,5 @@ def test_a_run_keeps_the_model_it_began_with(tmp_path):
     folder, lock = open_run(config(tmp_path))
     lock.close()
     (folder / "run.json").write_text(json.dumps({"model": "/another/model"}))
-    with pytest.raises(ConfigError, match="began with policy.model='/another/model'"):
+    with pytest.raises(ConfigError, match=r"began with policy\.model='/another/model'"):
         open_run(config(tmp_path))

@@ -1,13 +1,16 @@
 """The registry's state machine, canary verdicts and checkpoints on disk."""
 
 import json
+import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from clawrl.errors import WeightSyncError
-from clawrl.training.checkpoint import read_buckets, read_canary, write_checkpoint
-from clawrl.training.versions import Registry, canary_distance, canary_verdict
+from clawrl.training.checkpoint import export_checkpoint, read_buckets, read_canary, require_whole, write_checkpoint
+from clawrl.training.versions import Registry, canary_distance, canary_verdict, lag
 from clawrl.types import Bucket, Canary, Swap, VersionEvent, WeightVersion
 
 
@@ -110,6 +113,67 @@ def test_an_event_of_nothing_is_refused():
         Registry([], [VersionEvent(5, "serving", "", 0.0)])
 
 
+def served(count: int) -> Registry:
+    """Versions 1 to `count` that proved themselves one after the other."""
+    registry = Registry()
+    for number in range(1, count + 1):
+        registry.add(registry.candidate(number, number - 1, 0.0), number - 1)
+        registry.accept(number, "ok", 0.0)
+    return registry
+
+
+def test_rollback_rejects_all_that_is_newer_and_training_goes_on_from_there():
+    registry = served(4)
+    registry.add(registry.candidate(5, 4, 0.0), 4)
+    events = registry.rollback(2, None, 1.0)
+    assert [(e.version, e.state) for e in events] == [
+        (3, "rejected"), (4, "rejected"), (5, "rejected"), (2, "serving"),
+    ]  # fmt: skip
+    assert {e.reason for e in events} == {"rolled back to 2 by user"}
+    assert (registry.head, registry.desired, registry.serving, registry.next_number) == (2, 2, 2, 6)
+    registry.add(registry.candidate(6, 2, 2.0), 2)
+    registry.accept(6, "ok", 2.0)
+    assert registry.line(6) == (6, 2, 1, 0)
+    assert [(e.version, e.state) for e in registry.rollback(None, "worse", 3.0)] == [(6, "rejected"), (2, "serving")]
+    assert [(e.version, e.state) for e in registry.rollback(0, None, 4.0)][-1] == (0, "serving")
+
+
+def test_rollback_to_the_serving_version_drops_its_candidates():
+    registry = served(2)
+    assert registry.rollback(2, None, 0.0) == []
+    registry.add(registry.candidate(3, 2, 0.0), 2)
+    assert [(e.version, e.state) for e in registry.rollback(2, "stop", 0.0)] == [(3, "rejected")]
+
+
+def test_where_no_rollback_leads():
+    with pytest.raises(WeightSyncError, match="none before it"):
+        Registry().rollback(None, None, 0.0)
+    registry = served(3)
+    registry.add(registry.candidate(4, 3, 0.0), 3)
+    with pytest.raises(WeightSyncError, match=r"4 has not served yet; .* is 3"):
+        registry.rollback(4, None, 0.0)
+    with pytest.raises(WeightSyncError, match="7 does not exist"):
+        registry.rollback(7, None, 0.0)
+    registry.rollback(1, None, 0.0)
+    with pytest.raises(WeightSyncError, match=r"2 was rejected; .* is 1"):
+        registry.rollback(2, None, 0.0)
+
+
+def test_a_copy_changes_alone_until_its_events_are_applied():
+    registry = served(2)
+    events = (changed := registry.copy()).rollback(1, None, 0.0)
+    assert (registry.desired, changed.desired) == (2, 1)
+    registry.apply(events)
+    assert registry.states() == changed.states()
+
+
+def test_lag_counts_steps_of_the_line_not_numbers():
+    assert [lag((5, 4, 3, 2, 1, 0), version) for version in (5, 4, 0, 6)] == [0, 1, 5, 0]
+    restored = (12, 11, 3, 2, 1, 0)  # 4 to 10 were rejected
+    assert [lag(restored, version) for version in (12, 11, 10, 4, 3, 2)] == [0, 1, 2, 2, 2, 3]
+    assert lag((), 3) == 0
+
+
 def swap(error: float | None, moved: float | None) -> Swap:
     return Swap(3, "replica", 20.0, error, moved, 0.0)
 
@@ -196,3 +260,47 @@ def test_a_broken_checkpoint_names_its_file(base, tmp_path):
         list(read_buckets(base, 1 << 20))
     with pytest.raises(WeightSyncError, match=r"no \*\.safetensors"):
         list(read_buckets(tmp_path, 1 << 20))
+
+
+def break_canary(folder):
+    (folder / "canary.npz").write_bytes(b"PK torn")
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (lambda folder: shutil.rmtree(folder), "no \\*.safetensors"),
+        (lambda folder: (folder / "model-00002-of-00002.safetensors").unlink(), "model-00002-of-00002.* missing"),
+        (lambda folder: os.truncate(folder / "model-00001-of-00002.safetensors", 90), "model-00001-of.*restore it"),
+        (lambda folder: os.truncate(folder / "model-00001-of-00002.safetensors", 4), "model-00001-of.*restore it"),
+        (lambda folder: (folder / "canary.npz").unlink(), "canary"),
+        (break_canary, "canary"),
+    ],
+)
+def test_a_damaged_checkpoint_is_seen_without_reading_it_all(base, tmp_path, harm, told):
+    parts = [bucket(a=np.ones((8, 4), np.float32)), bucket(b=np.ones(2, np.float32))]
+    write_checkpoint(tmp_path / "1", parts, base, canary(-1.0))
+    require_whole(tmp_path / "1")
+    harm(tmp_path / "1")
+    with pytest.raises(WeightSyncError, match=told):
+        require_whole(tmp_path / "1")
+
+
+def test_an_export_is_a_folder_of_its_own(base, tmp_path):
+    (base / "config.json").write_text('{"dtype": "bfloat16", "vocab_size": 9}')
+    write_checkpoint(tmp_path / "1", [bucket(a=np.ones(2, np.float32))], base, canary(-1.0))
+    export_checkpoint(tmp_path / "1", tmp_path / "out" / "one")
+    assert {file.name for file in (tmp_path / "out" / "one").iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json",
+    }  # fmt: skip
+    kept = json.loads((tmp_path / "out" / "one" / "config.json").read_text())
+    assert kept == {"dtype": "float32", "vocab_size": 9}  # or transformers would round the weights
+    (tmp_path / "out" / "one" / "mine.txt").write_text("precious")
+    with pytest.raises(WeightSyncError, match="not empty; name another"):
+        export_checkpoint(tmp_path / "1", tmp_path / "out" / "one")
+    assert (tmp_path / "out" / "one" / "mine.txt").exists()
+    with pytest.raises(WeightSyncError, match="absolute"):
+        export_checkpoint(tmp_path / "1", Path("relative"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WeightSyncError, match="cannot be written"):
+        export_checkpoint(tmp_path / "1", tmp_path / "file" / "x")

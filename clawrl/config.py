@@ -65,7 +65,15 @@ class GatewaySection(Section):
 
 class JournalSection(Section):
     url: str = Field(
-        default="sqlite", description="`sqlite` puts journal.sqlite in the run directory; else a SQLAlchemy URL."
+        default="sqlite",
+        description="`sqlite` puts journal.sqlite in the run directory; else sqlite:////folder/journal.sqlite or "
+        "postgresql+psycopg://user@host/database.",
+    )
+    keep_days: float | None = Field(
+        default=None,
+        gt=0,
+        description="Turns that ended longer ago are deleted with their next states, feedback, judgements and samples, "
+        "once neither judge nor trainer waits for them; versions stay. null keeps all.",
     )
 
 

@@ -24,8 +24,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from clawrl import observe
 from clawrl.config import Config, model_path
-from clawrl.errors import ConfigError
+from clawrl.errors import ConfigError, JournalError
 from clawrl.journal.actor import Journal
+from clawrl.journal.store import JournalStore
 from clawrl.rollout.collector import Collector
 from clawrl.serving import app
 from clawrl.serving.redaction import Redactor
@@ -97,7 +98,7 @@ class System:
         url = config.journal.url
         if url == "sqlite":
             url = f"sqlite:///{self.run_directory / 'journal.sqlite'}"
-        journal = self._actor("journal", Journal, url)
+        journal = self._actor("journal", Journal, url, config.journal.keep_days)
         counts: dict[str, int] = ray.get(journal.counts.remote())
         known = counts["versions"]
         if known and not (self.run_directory / "versions").is_dir():
@@ -205,6 +206,11 @@ def check(config: Config) -> None:
             raise ConfigError(
                 f"gateway.port={port} on {host} cannot be bound: {error.strerror}; stop what uses it or set another"
             ) from error
+    if config.journal.url != "sqlite":
+        try:
+            JournalStore(config.journal.url).close()
+        except JournalError as error:
+            raise ConfigError(f"journal.url: {error}") from error
     root = Path(config.run_root).resolve()
     existing = next(folder for folder in (root, *root.parents) if folder.exists())
     free = shutil.disk_usage(existing).free // 2**20

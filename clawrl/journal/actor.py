@@ -40,6 +40,10 @@ from clawrl.types import (
 log = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
 
+_DAY_S = 86400.0
+_EXPIRE_S = 3600.0
+_EXPIRE_TURNS = 100
+
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
@@ -51,9 +55,12 @@ class _Pending:
 
 
 class Journal:
-    """Async actor: an append returns when it is durable; every method may raise JournalError and leaves it usable."""
+    """Async actor: an append returns when it is durable; every method may raise JournalError and leaves it usable.
 
-    def __init__(self, url: str) -> None:
+    Turns older than `keep_days` are deleted (see JournalStore.expire); None keeps them for ever.
+    """
+
+    def __init__(self, url: str, keep_days: float | None = None) -> None:
         self._store = JournalStore(url)
         self._writer = ThreadPoolExecutor(1, "journal-writer")
         self._readers = ThreadPoolExecutor(READERS, "journal-reader")
@@ -61,6 +68,9 @@ class Journal:
         self._committing: asyncio.Task[None] | None = None
         self._arrivals: defaultdict[type, asyncio.Event] = defaultdict(asyncio.Event)
         self._closed = False
+        self._expiring: asyncio.Task[None] | None = None
+        if keep_days is not None:
+            self._expiring = asyncio.get_running_loop().create_task(self._expire(keep_days * _DAY_S))
 
     async def append(self, *records: Any) -> None:
         """Store records of any mix of types together; a record already there is left as it was."""
@@ -178,6 +188,8 @@ class Journal:
     async def close(self) -> None:
         """Let the appends that wait become durable, end the long polls, refuse what comes later."""
         self._closed = True
+        if self._expiring is not None:
+            self._expiring.cancel()
         for event in self._arrivals.values():
             event.set()
         if self._committing is not None:
@@ -208,6 +220,21 @@ class Journal:
                     pending.durable.set_exception(error) if error else pending.durable.set_result(None)
             for kind in frozenset().union(*(pending.kinds for pending in group)):
                 self._arrivals.pop(kind, asyncio.Event()).set()
+
+    async def _expire(self, keep_s: float) -> None:
+        """Delete what is too old, again and again, in batches between which appends commit."""
+        loop = asyncio.get_running_loop()
+        while not self._closed:
+            seq: int | None = 0
+            try:
+                while seq is not None and not self._closed:
+                    before = time.time() - keep_s
+                    seq = await loop.run_in_executor(self._writer, self._store.expire, before, seq, _EXPIRE_TURNS)
+                self._store.recount()
+                await loop.run_in_executor(self._writer, self._store.shrink)
+            except JournalError as error:
+                log.warning("event=expiry_failed error=%s retry_s=%g", error, _EXPIRE_S)
+            await asyncio.sleep(_EXPIRE_S)
 
     async def _poll(
         self, kind: type, timeout_s: float, read: Callable[..., list[_Answer]], *arguments: Any

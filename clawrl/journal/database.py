@@ -189,7 +189,9 @@ class _Sqlite(Database):
 
     def shrink(self) -> None:
         with self.writer.begin() as connection:
-            connection.exec_driver_sql("PRAGMA incremental_vacuum(1000)").all()
+            free = connection.exec_driver_sql("PRAGMA freelist_count").scalar_one()
+            for _ in range(min(free, 1000)):  # Python's driver takes one step of a statement without columns: one page
+                connection.exec_driver_sql("PRAGMA incremental_vacuum")
 
     def scrub(self) -> None:
         connection = self.writer.raw_connection()

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from sqlalchemy import Connection, text
 
-_SEQ = {"sqlite": "INTEGER PRIMARY KEY AUTOINCREMENT NOT NULL", "postgresql": "BIGSERIAL PRIMARY KEY"}
+_DIALECT = {
+    "sqlite": {"seq": "seq INTEGER PRIMARY KEY AUTOINCREMENT NOT NULL", "whole": "INTEGER"},
+    "postgresql": {"seq": "seq BIGSERIAL PRIMARY KEY", "whole": "BIGINT"},
+}
 
 _TO_2 = [  # what tells a repeated request; held-out samples; pins, gate, consent and erasure; what waits
     "ALTER TABLE turns ADD COLUMN request TEXT DEFAULT '' NOT NULL",
@@ -31,9 +34,11 @@ _TO_2 = [  # what tells a repeated request; held-out samples; pins, gate, consen
         {seq}, "user" TEXT NOT NULL, session TEXT, turns BIGINT NOT NULL, versions TEXT NOT NULL, restored BIGINT,
         at DOUBLE PRECISION NOT NULL)""",
     """CREATE TABLE unjudged (
-        seq BIGINT PRIMARY KEY NOT NULL REFERENCES next_states (seq) ON DELETE CASCADE, turn TEXT NOT NULL UNIQUE)""",
+        seq {whole} PRIMARY KEY NOT NULL, turn TEXT NOT NULL UNIQUE,
+        FOREIGN KEY (seq) REFERENCES next_states (seq) ON DELETE CASCADE)""",
     """CREATE TABLE untrained (
-        seq BIGINT PRIMARY KEY NOT NULL REFERENCES samples (seq) ON DELETE CASCADE, sample TEXT NOT NULL UNIQUE)""",
+        seq {whole} PRIMARY KEY NOT NULL, sample TEXT NOT NULL UNIQUE,
+        FOREIGN KEY (seq) REFERENCES samples (seq) ON DELETE CASCADE)""",
     """INSERT INTO unjudged (seq, turn)
         SELECT n.seq, n.turn FROM next_states n JOIN turns t ON t.id = n.turn
         WHERE t.kind = 'main' AND NOT EXISTS (SELECT 1 FROM judgements j WHERE j.turn = n.turn)""",
@@ -47,7 +52,6 @@ STEPS: dict[int, list[str]] = {1: _TO_2}
 
 def migrate(connection: Connection, schema: int, target: int) -> None:
     """Take every step from `schema` to `target`."""
-    seq = f"seq {_SEQ[connection.dialect.name]}"
     for number in range(schema, target):
         for statement in STEPS[number]:
-            connection.execute(text(statement.replace("{seq}", seq)))
+            connection.execute(text(statement.format(**_DIALECT[connection.dialect.name])))

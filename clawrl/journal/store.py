@@ -295,7 +295,7 @@ class JournalStore(JournalReader):
         with self.database.writer.begin() as connection:
             schema = self._schema()  # again: another process may have migrated it before it let the lock go
             if schema == 0:
-                METADATA.create_all(connection)
+                METADATA.create_all(connection, checkfirst=False)
                 connection.execute(insert(META).values(name="schema", value=str(SCHEMA)))
             else:
                 migrate(connection, schema, SCHEMA)
@@ -304,14 +304,14 @@ class JournalStore(JournalReader):
 
     def append(self, *records: Any) -> None:
         """Store records of any mix of types in one transaction; a record already there is left as it was."""
-        self._commit_alone(self.appending(*records))
+        self.write(self.appending(*records))
 
     def record_version(self, version: WeightVersion, event: VersionEvent | None) -> None:
         """Store a version, the consumption of its samples and its event in one transaction; a repetition is ignored.
 
         Raises JournalError if another version consumed one of the samples, or has the same number.
         """
-        self._commit_alone(self.recording(version, event))
+        self.write(self.recording(version, event))
 
     def appending(self, *records: Any) -> Write:
         """The write of records of any mix of types; JournalError if one is of no type the journal stores."""
@@ -378,11 +378,11 @@ class JournalStore(JournalReader):
 
     def consent(self, consent: Consent) -> None:
         """Record a user's or session's word."""
-        self._commit_alone(self.taking_word(consent))
+        self.write(self.taking_word(consent))
 
     def erase(self, record: Erasure, others: Sequence[VersionEvent | Pin] = ()) -> None:
         """Delete a user's or session's content for good, on disk too; see `erasing`."""
-        self._commit_alone(self.erasing(record, others))
+        self.write(self.erasing(record, others))
         self.scrub()
 
     def scrub(self) -> None:
@@ -419,7 +419,8 @@ class JournalStore(JournalReader):
             return error
         return None
 
-    def _commit_alone(self, write: Write) -> None:
+    def write(self, write: Write) -> None:
+        """Make one write durable, or raise."""
         [outcome] = self.commit([write])
         if outcome is not None:
             raise outcome
@@ -443,7 +444,7 @@ class JournalStore(JournalReader):
             for key in (NEXT_STATES.c.turn, JUDGEMENTS.c.turn, FEEDBACK.c.turn, SAMPLES.c.id, TURNS.c.id):
                 connection.execute(delete(key.table).where(key.in_(doomed)))
 
-        self._commit_alone(write)
+        self.write(write)
         return found[-1]["seq"]
 
     def shrink(self) -> None:

@@ -1,4 +1,4 @@
-"""`python -m jobs.bench serving|swap|train|memory [--json FILE] [--config FILE] [section.key=value…]`
+"""`python -m jobs.bench serving|swap|train|memory|journal [--json FILE] [--config FILE] [section.key=value…]`
 
 Prints a table, and writes the same with its circumstances as JSON. Ratios are measured side by side in one run and
 travel between machines; times and rates do not, least of all from a busy one: `load` says how busy it was.
@@ -59,7 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--steps", type=int, default=12)
     memory = verbs.add_parser("memory", help="memory of the whole system while it serves, judges and trains")
     memory.add_argument("--seconds", type=float, default=60.0, help="how long to watch it (default: %(default)s)")
-    for verb in (serving, swap, train, memory):
+    journal = verbs.add_parser("journal", help="time per turn in a small journal and in a large one")
+    journal.add_argument("--url", help="a PostgreSQL database (default: SQLite files)")
+    journal.add_argument("--small", type=int, default=1000, help="turns of the small one (default: %(default)s)")
+    journal.add_argument("--large", type=int, default=1_000_000, help="turns of the large one (default: %(default)s)")
+    journal.add_argument("--turns", type=int, default=1000, help="turns measured at each size (default: %(default)s)")
+    for verb in (serving, swap, train, memory, journal):
         verb.add_argument("--json", metavar="FILE", help="write the figures there too")
         verb.add_argument("--config", metavar="FILE", help="TOML file (default: the embedded CPU configuration)")
         verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
@@ -79,6 +84,10 @@ def _run(options: argparse.Namespace, config: Config) -> tuple[list[figures.Figu
         from jobs.bench.train import measure as train
 
         return train(config, steps=options.steps)
+    if options.verb == "journal":
+        from jobs.bench.journal import measure as journal
+
+        return journal(options.url, small=options.small, large=options.large, turns=options.turns)
     from jobs.bench.memory import measure as memory
 
     return memory(config, seconds=options.seconds)

@@ -1,4 +1,4 @@
-"""The journal as an actor: durable when it returns, whoever dies; one commit for many; long polls that wake."""
+"""The journal as an actor on both databases: durable when it returns, whoever dies; long polls that wake."""
 
 import os
 import signal
@@ -18,11 +18,6 @@ from clawrl.journal.store import JournalStore
 from clawrl.types import Capture, Judgement, NextState, Sample, Turn, VersionEvent, VersionSpan, WeightVersion
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
-
-
-@pytest.fixture
-def url(tmp_path) -> str:
-    return f"sqlite:///{tmp_path}/journal.sqlite"
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import httpx
 import openai
 import pytest
 
-from clawrl.journal.store import JournalStore
+from clawrl.journal.store import JournalReader
 
 READY_S = 240.0
 STOP_S = 15.0
@@ -43,9 +43,9 @@ class Server:
     def status(self) -> dict[str, Any]:
         return httpx.get(f"{self.url}/status", timeout=30).raise_for_status().json()
 
-    def journal(self) -> JournalStore:
+    def journal(self) -> JournalReader:
         """The journal read from its file, beside the process that writes it."""
-        return JournalStore(f"sqlite:///{self.run_directory / 'journal.sqlite'}")
+        return JournalReader(f"sqlite:///{self.run_directory / 'journal.sqlite'}")
 
     def wait_for(self, what: str, condition: Any, timeout_s: float = 90.0) -> Any:
         """Poll until `condition()` is true; the last status is in the failure."""

@@ -66,8 +66,17 @@ def test_models_and_health(server: Server):
 
 
 def test_streaming_is_real(server: Server):
-    started = time.perf_counter()
-    arrivals = []
+    """The first chunks come long before the last; the very first reply of a system is not asked, it wakes everybody."""
+    for _ in range(2):
+        arrivals, num_tokens = stream_arrivals(server)
+    assert num_tokens == 400
+    assert len(arrivals) > 20
+    assert arrivals[-1] - arrivals[0] > 0.2 * arrivals[-1], "the reply came in one piece"
+
+
+def stream_arrivals(server: Server) -> tuple[list[float], int]:
+    """Seconds from the request to each chunk of a reply of 400 tokens, and how many tokens it says it has."""
+    started, arrivals, num_tokens = time.perf_counter(), [], 0
     stream = server.client().chat.completions.create(
         model="clawrl",
         messages=QUESTION,  # type: ignore[arg-type]
@@ -77,14 +86,11 @@ def test_streaming_is_real(server: Server):
         extra_body={"ignore_eos": True},
         extra_headers={"X-Turn-Type": "side"},
     )
-    usage = None
     for chunk in stream:
         arrivals.append(time.perf_counter() - started)
-        usage = chunk.usage or usage
-    assert usage is not None
-    assert usage.completion_tokens == 400
-    assert len(arrivals) > 20
-    assert arrivals[-1] - arrivals[0] > 0.2 * arrivals[-1], "the reply came in one piece"
+        if chunk.usage is not None:
+            num_tokens = chunk.usage.completion_tokens
+    return arrivals, num_tokens
 
 
 def test_the_journal_holds_what_the_engine_sampled(server: Server):
@@ -386,6 +392,7 @@ def test_no_sample_is_consumed_twice(server: Server):
         (["policy.model=/no/such/folder", "judge.model=/no/such/folder"], "/no/such/folder"),
         (["--config", "/no/such.toml"], "/no/such.toml"),
         (["run_root=/proc/nothing"], "/proc/nothing"),
+        (["journal.url=postgresql://u:p@127.0.0.1:9/d"], "start PostgreSQL, or correct host and port in journal.url"),
     ],
 )
 def test_a_config_that_cannot_work_is_one_clear_line(arguments: list[str], message: str):

@@ -87,7 +87,7 @@ class TestOptOut:
         store.append(turn("a"))  # a repeated append
         counts = store.counts()
         assert (counts["next_states"], counts["judgements"], counts["samples"]) == (0, 0, 0)
-        assert rows(path, "SELECT count(*) FROM feedback") == [(0,)]
+        assert rows(store, "SELECT count(*) FROM feedback") == [(0,)]
 
     def test_a_session_is_recorded_if_neither_it_nor_its_user_opted_out(self, store):
         store.consent(word(False))

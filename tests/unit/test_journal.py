@@ -1,19 +1,17 @@
-"""The journal's store: exact round trips, idempotence, look-ups, one consumption per sample, and clear refusals."""
+"""The journal's store on both databases: exact round trips, idempotence, look-ups, one consumption per sample, and
+clear refusals. What concerns one database's files alone is in test_journal_files.py."""
 
 import dataclasses
-import resource
-import sqlite3
-import stat
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from sqlalchemy import event
+from sqlalchemy import create_engine, event, inspect
 
 from clawrl.errors import JournalError
-from clawrl.journal.store import JournalStore
+from clawrl.journal import database, queues
+from clawrl.journal.store import JournalReader, JournalStore
 from clawrl.types import (
     Capture,
     Distillation,
@@ -34,13 +32,8 @@ from clawrl.types import (
 
 
 @pytest.fixture
-def path(tmp_path) -> Path:
-    return tmp_path / "journal.sqlite"
-
-
-@pytest.fixture
-def store(path):
-    with closing(JournalStore(f"sqlite:///{path}")) as opened:
+def store(url):
+    with closing(JournalStore(url)) as opened:
         yield opened
 
 
@@ -123,10 +116,10 @@ def assert_same(left, right) -> None:
         assert left == right or (left != left and right != right)
 
 
-def rows(path: Path, query: str) -> list[tuple]:
+def rows(store: JournalStore, query: str) -> list[tuple]:
     """What another program sees."""
-    with closing(sqlite3.connect(path)) as connection:
-        return connection.execute(query).fetchall()
+    with store.database.reader.connect() as connection:
+        return [tuple(row) for row in connection.exec_driver_sql(query)]
 
 
 class TestRoundTrips:
@@ -182,18 +175,22 @@ class TestRoundTrips:
         assert repr(store.versions()[1].metrics) == repr(second.metrics)
         assert_same(store.swaps()[1], broken)  # NaN is not None
 
-    def test_numpy_scalars_become_plain(self, store, path):
+    def test_numpy_scalars_become_plain(self, store):
         store.append(judgement("t", score=np.int64(-1)), version(0, loss=np.float32(0.5)))
-        assert rows(path, "SELECT score, typeof(score) FROM judgements") == [(-1, "integer")]
+        assert rows(store, "SELECT score, score + 1 FROM judgements") == [(-1, 0)]
         assert store.versions()[0].metrics == {"loss": 0.5}
 
-    def test_the_sqlite3_command_reads_it(self, store, path):
+    def test_another_program_reads_it(self, store):
         store.append(turn("t"), next_state("t"), Feedback("f", "t", "ann", None, "shorter", 1.0), judgement("t"))
-        assert rows(path, 'SELECT id, "user", "index", json_extract(reply, "$.role") FROM turns') == [
-            ("t", "ann", 0, "assistant")
-        ]
-        assert rows(path, "SELECT score, text FROM feedback") == [(None, "shorter")]
-        assert rows(path, "SELECT votes, error FROM judgements") == [("[1,null,-1]", None)]
+        assert rows(store, 'SELECT id, "user", "index", finish_reason FROM turns') == [("t", "ann", 0, "stop")]
+        assert rows(store, "SELECT score, text FROM feedback") == [(None, "shorter")]
+        assert rows(store, "SELECT votes, error FROM judgements") == [("[1,null,-1]", None)]
+
+    def test_whole_numbers_of_64_bits(self, store):
+        store.append(turn("t", index=2**63 - 1))
+        assert store.turn("t").index == 2**63 - 1
+        with pytest.raises(JournalError, match="refused a record"):
+            store.append(turn("u", index=2**63))
 
 
 class TestAppends:
@@ -209,10 +206,10 @@ class TestAppends:
         store.append(next_state("t", role="tool"))
         assert [found.role for _, _, found in store.pairs_to_judge(0, 10)] == ["user"]
 
-    def test_feedback_may_come_often(self, store, path):
+    def test_feedback_may_come_often(self, store):
         store.append(Feedback("f1", "t", "ann", 1, None, 1.0), Feedback("f2", "t", "ann", -1, None, 2.0))
         store.append(Feedback("f2", "t", "ann", -1, None, 2.0))
-        assert rows(path, "SELECT id FROM feedback") == [("f1",), ("f2",)]
+        assert rows(store, "SELECT id FROM feedback") == [("f1",), ("f2",)]
 
     def test_records_of_one_append_stand_or_fall_together(self, store):
         with pytest.raises(JournalError, match="surrogates not allowed"):
@@ -226,11 +223,16 @@ class TestAppends:
         assert isinstance(outcomes[2], JournalError)
         assert [store.turn(id) is not None for id in ("a", "b", "c")] == [True] * 3
 
-    def test_a_group_is_one_transaction(self, store, path):
-        before = path.with_name("journal.sqlite-wal").stat().st_size
+    def test_a_group_is_one_transaction(self, store):
+        commits = []
+        event.listen(store.database.writer, "commit", commits.append)
         store.commit([store.appending(judgement(str(number))) for number in range(32)])
-        grouped = path.with_name("journal.sqlite-wal").stat().st_size - before
-        assert 0 < grouped < 16 * 4096  # 32 transactions would log each changed page 32 times
+        assert len(commits) == 1
+
+    @pytest.mark.parametrize("record", [turn("a\x00b"), turn("t", user="a\x00"), Feedback("f", "t", "u", 1, "\x00", 1)])
+    def test_nul_is_refused_outside_of_messages(self, store, record):
+        with pytest.raises(JournalError, match="no NUL character in a name or a text; leave it out"):
+            store.append(record)
 
     def test_what_is_no_record_is_refused(self, store):
         empty = np.zeros((0, 1), np.float32)
@@ -243,20 +245,6 @@ class TestAppends:
         with pytest.raises(JournalError) as caught:
             store.append(Feedback("f", "t", "ann", None, "my secret \ud800", 1.0))
         assert "secret" not in str(caught.value)
-
-    def test_full_disk(self, store, path):
-        store.append(turn("before"))
-        unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-        size = path.with_name("journal.sqlite-wal").stat().st_size
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 8192, unlimited[1]))
-        try:
-            with pytest.raises(JournalError, match="disk"):
-                store.append(turn("too much", reply={"role": "assistant", "content": "x" * 10**6}))
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-        store.append(turn("after"))
-        assert [store.turn(id) is not None for id in ("before", "too much", "after")] == [True, False, True]
-        assert rows(path, "PRAGMA integrity_check") == [("ok",)]
 
 
 class TestLookUps:
@@ -310,23 +298,27 @@ class TestLookUps:
             "swaps": 1,
         }
 
-    @pytest.mark.parametrize(
-        ("look_up", "index"),
-        [
-            ("open_turn('ann', 'c')", "turns_conversation_user_kind_seq"),
-            ("last_turn('ann', 's')", "turns_user_session_kind_seq"),
-            ("turn('t')", "turns_id"),
-        ],
-    )
-    def test_look_ups_stay_on_their_index(self, store, path, look_up, index):
-        statements = []
-        event.listen(store.database.reader, "before_cursor_execute", lambda *args: statements.append(args[2:4]))
-        eval(f"store.{look_up}")
-        [(statement, parameters)] = statements
-        with closing(sqlite3.connect(path)) as connection:
-            plan = [step[3] for step in connection.execute(f"EXPLAIN QUERY PLAN {statement}", parameters)]
-        assert len(plan) == 1
-        assert plan[0].startswith(f"SEARCH turns USING INDEX {index} ")
+    def test_what_waits_in_whatever_order_it_came(self, store):
+        store.append(next_state("late"), judgement("hasty"), sample("taken"))
+        store.record_version(version(1, "taken", "hasty"), None)
+        store.append(turn("late"), turn("hasty"), next_state("hasty"), sample("hasty"), sample("h", held_out=True))
+        assert [found.id for _, found, _ in store.pairs_to_judge(0, 10)] == ["late"]
+        assert store.samples_to_train(0, 10) == []
+        store.append(judgement("late"), next_state("late"), turn("late"), sample("late"), sample("taken"))
+        assert store.pairs_to_judge(0, 10) == []
+        assert [found.id for _, found in store.samples_to_train(0, 10)] == ["late"]
+        with store.database.snapshot() as connection:
+            assert queues.stale(connection) == {}
+
+    def test_counts_read_only_what_is_new(self, store):
+        store.append(*(turn(str(number)) for number in range(20)))
+        store.counts()
+        with store.database.writer.begin() as connection:  # behind its back
+            connection.exec_driver_sql("DELETE FROM turns WHERE id < '5'")
+        store.append(turn("new"))
+        assert store.counts()["turns"] == 21
+        store.recount()
+        assert store.counts()["turns"] == rows(store, "SELECT count(*) FROM turns")[0][0] < 21
 
 
 class TestVersions:
@@ -355,6 +347,37 @@ class TestVersions:
         assert [found.id for _, found in store.samples_to_train(first[-1][0], 3)] == ["a"]
 
 
+class TestRetention:
+    DAY = 86400.0
+
+    def test_old_turns_go_with_all_that_was_said_about_them(self, store):
+        for number in range(10):
+            id = str(number)
+            store.append(turn(id, ended=number * self.DAY), next_state(id), judgement(id), sample(id))
+            store.append(Feedback(id, id, "ann", 1, None, 1.0))
+        store.record_version(version(1, *"01234"), None)
+        assert store.expire(4 * self.DAY, 0, 3) == 3
+        assert store.expire(4 * self.DAY, 3, 3) == 6
+        assert store.expire(4 * self.DAY, 6, 3) is None
+        for table, key in (("turns", "id"), ("next_states", "turn"), ("judgements", "turn"), ("feedback", "turn")):
+            assert rows(store, f"SELECT {key} FROM {table} ORDER BY seq") == [(id,) for id in "456789"]
+        assert rows(store, "SELECT count(*) FROM consumptions") == [(5,)]
+        store.recount()
+        assert (store.counts()["turns"], store.counts()["consumed"]) == (6, 5)
+        store.shrink()
+
+    def test_what_waits_stays_until_training_has_passed_it_over(self, store):
+        for id in ("unjudged", "passed over", "trained", "waits", "silent"):
+            store.append(turn(id, ended=0.0), *([] if id == "silent" else [next_state(id)]))
+            if id not in ("unjudged", "silent"):
+                store.append(judgement(id), sample(id))
+        store.record_version(version(1, "trained"), None)
+        assert store.expire(1.0, 0, 10) == 5
+        assert rows(store, "SELECT id FROM turns ORDER BY seq") == [("unjudged",), ("waits",)]
+        assert [found.id for _, found in store.samples_to_train(0, 10)] == ["waits"]
+        assert [found.id for _, found, _ in store.pairs_to_judge(0, 10)] == ["unjudged"]
+
+
 class TestRepeatedRequests:
     def test_a_retry_finds_the_open_turn(self, store):
         store.append(turn("old", request="r", started=10.0), turn("new", request="r", started=20.0))
@@ -380,70 +403,62 @@ class TestRepeatedRequests:
 
 
 class TestOpening:
-    def test_reopened_journal_has_everything(self, store, path):
+    def test_reopened_journal_has_everything(self, store, url):
         store.append(turn("t"))
         store.close()
-        with closing(JournalStore(f"sqlite:///{path}")) as again:
+        with closing(JournalStore(url)) as again:
             assert_same(again.turn("t"), turn("t"))
             again.append(turn("u"))
 
-    def test_durability_settings(self, store, path):
+    def test_one_writer_at_a_time(self, store, url, monkeypatch):
+        monkeypatch.setattr(database, "_LOCK_WAIT_S", 0.1)
         store.append(turn("t"))
-        with store.database.writer.connect() as connection:
-            assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2  # FULL
-            assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
-
-    def test_readers_see_the_last_commit_while_a_transaction_is_open(self, store, path):
-        store.append(turn("t"))
-        with closing(sqlite3.connect(path, isolation_level=None)) as other:
-            other.execute("BEGIN IMMEDIATE")
-            other.execute("UPDATE turns SET id = 'stolen'")
-            assert store.turn("t") is not None
-            other.execute("ROLLBACK")
-
-    def test_newer_schema(self, store, path):
-        store.close()
-        with closing(sqlite3.connect(path)) as connection, connection:
-            connection.execute("UPDATE meta SET value = '99' WHERE name = 'schema'")
-        before = path.read_bytes()
-        with pytest.raises(JournalError, match=r"has schema 99 and this clawrl knows 2; use the clawrl that wrote it"):
-            JournalStore(f"sqlite:///{path}")
-        assert path.read_bytes() == before
-
-    def test_another_programs_database_stays_as_it_is(self, path):
-        with closing(sqlite3.connect(path)) as connection, connection:
-            connection.execute("CREATE TABLE recipes (name TEXT)")
-        before = path.read_bytes()
-        with pytest.raises(JournalError, match="another program's tables; name another file"):
-            JournalStore(f"sqlite:///{path}")
-        assert path.read_bytes() == before
-        assert list(path.parent.iterdir()) == [path]
-
-    def test_no_database_at_all(self, path):
-        path.write_text("all work and no play " * 100)
-        with pytest.raises(JournalError, match="not a database; name another file"):
-            JournalStore(f"sqlite:///{path}")
-
-    def test_missing_folder(self, tmp_path):
-        with pytest.raises(JournalError, match=r"nowhere/journal.sqlite cannot be opened: .*make its folder first"):
-            JournalStore(f"sqlite:///{tmp_path}/nowhere/journal.sqlite")
-        assert not (tmp_path / "nowhere").exists()
-
-    def test_read_only(self, store, path):
-        store.append(turn("t"))
-        store.close()
-        with pytest.raises(JournalError, match="readonly database; give this user write access"):
-            JournalStore(f"sqlite:///file:{path}?mode=ro&uri=true")
-
-    def test_unwritable_folder(self):
-        with pytest.raises(JournalError, match="cannot be opened"):
-            JournalStore("sqlite:////proc/journal.sqlite")
-
-    @pytest.mark.parametrize("url", ["sqlite", "sqlite://", "sqlite:///:memory:", "mysql://u:secret@h/d", "", "///"])
-    def test_useless_urls(self, url):
-        with pytest.raises(JournalError, match=r"journal\.url.*use sqlite:////folder/journal\.sqlite") as caught:
+        with pytest.raises(JournalError, match="another process writes to this journal; end it, or name another"):
             JournalStore(url)
+        with closing(JournalReader(url)) as reader:
+            assert reader.turn("t") is not None
+        store.close()
+        with closing(JournalStore(url)) as again:
+            assert again.turn("t") is not None
+
+    def test_readers_see_the_last_commit_while_a_transaction_is_open(self, store):
+        store.append(turn("t"))
+        with store.database.writer.connect() as other, other.begin() as transaction:
+            other.exec_driver_sql("UPDATE turns SET id = 'stolen'")
+            assert store.turn("t") is not None
+            transaction.rollback()
+
+    def test_newer_schema(self, store, url):
+        with store.database.writer.begin() as connection:
+            connection.exec_driver_sql("UPDATE meta SET value = '99' WHERE name = 'schema'")
+        store.close()
+        for opener in (JournalStore, JournalReader):
+            with pytest.raises(JournalError, match=r"has schema 99 and this clawrl knows 2; use the clawrl that wrote"):
+                opener(url)
+
+    def test_another_programs_database_stays_as_it_is(self, url):
+        engine = create_engine(url)
+        with engine.begin() as connection:
+            connection.exec_driver_sql("CREATE TABLE recipes (name TEXT)")
+        with pytest.raises(JournalError, match="another program's tables; name another file or database"):
+            JournalStore(url)
+        assert inspect(engine).get_table_names() == ["recipes"]
+        engine.dispose()
+
+    def test_readers_make_nothing(self, url, tmp_path):
+        with pytest.raises(JournalError, match="no journal"):
+            JournalReader(url)
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        "bad",
+        ["sqlite", "sqlite://", "sqlite:///:memory:", "mysql://u:secret@h/d", "postgresql+pg8000://u@h/d", "", "///"],
+    )
+    def test_useless_urls(self, bad):
+        with pytest.raises(
+            JournalError, match=r"journal\.url.*use sqlite:////folder/.* or postgresql\+psycopg:"
+        ) as caught:
+            JournalStore(bad)
         assert "secret" not in str(caught.value)
 
 

@@ -1,0 +1,194 @@
+"""`python -m jobs.chaos`: under load, one fault after the other, and what each cost.
+
+    load on ─► whole? ─► strike ─► chat back, loop back ─► next fault … ─► load off ─► audit of the journal
+
+A fault is over when a request begun after it was acknowledged (chat back) and a weight version made after it is served
+(loop back): gateway, policy, journal, collector, judge, buffer, trainer and weight store have then all done their part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jobs.chaos.audit import Audit, audit
+from jobs.chaos.faults import FAULTS, Fault, small_disk
+from jobs.chaos.load import Load
+from jobs.chaos.target import Target
+
+USERS = 16
+BACK_S = 240.0
+console = Console(highlight=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One fault. Requests in flight when it struck are told apart from those begun after it."""
+
+    fault: str
+    chat_back_s: float | None  # None: not within BACK_S
+    loop_back_s: float | None
+    acknowledged: int
+    failed_in_flight: int
+    failed_later: int  # begun after the fault
+    survivor: bool  # something of the killed kind was alive, so none of these may have failed
+    version_before: int
+    version_after: int | None
+    errors: list[str] = field(default_factory=list)
+
+    @property
+    def held(self) -> bool:
+        back = self.chat_back_s is not None and self.loop_back_s is not None
+        return back and not (self.survivor and self.failed_later)
+
+
+async def strike(fault: Fault, target: Target, load: Load) -> Outcome:
+    """Do it to a whole system and wait until it is whole again."""
+    before = await _served(target, beyond=-1)
+    if before is None:
+        raise RuntimeError(f"the system is not whole before {fault.name!r}: no weight version is served")
+    first = len(load.requests)
+    struck = await asyncio.to_thread(fault.strike, target)
+    done = time.time()
+    head = await _head(target, done)
+    after = await _served(target, beyond=before if head is None else head)
+    loop_back = time.time() if after is not None else None
+    seen = load.requests[first:]
+    back = [request.ended for request in seen if request.error is None and request.started > struck]
+    failed = [request for request in seen if request.error is not None]
+    return Outcome(
+        fault=fault.name,
+        chat_back_s=round(min(back) - struck, 1) if back else None,
+        loop_back_s=round(loop_back - struck, 1) if loop_back else None,
+        acknowledged=sum(request.error is None for request in seen),
+        failed_in_flight=sum(request.started <= struck for request in failed),
+        failed_later=sum(request.started > struck for request in failed),
+        survivor=fault.survivor,
+        version_before=before,
+        version_after=after,
+        errors=sorted({str(request.error)[:160] for request in failed}),
+    )
+
+
+async def _served(target: Target, beyond: int) -> int | None:
+    """The version the policy serves, as soon as it is newer than `beyond` and everything answers; None: too late."""
+    deadline = time.monotonic() + BACK_S
+    while time.monotonic() < deadline:
+        status = await asyncio.to_thread(target.status)
+        if status is not None and status["policy"]["version"] > beyond:
+            return status["policy"]["version"]
+        await asyncio.sleep(0.3)
+    return None
+
+
+async def _head(target: Target, since: float) -> int | None:
+    """The newest version of the moment after the fault; later ones are made after it."""
+    deadline = time.monotonic() + BACK_S
+    while time.monotonic() < deadline:
+        status = await asyncio.to_thread(target.status)
+        if status is not None:
+            return status["versions"]["head"]
+        await asyncio.sleep(0.2)
+    return None
+
+
+async def run(names: Sequence[str], folder: Path, journal: str | None) -> tuple[list[Outcome], dict[str, Audit]]:
+    """The faults on one shared system, then those that need one of their own; each system is audited at its end."""
+    outcomes: list[Outcome] = []
+    audits: dict[str, Audit] = {}
+    shared = [FAULTS[name] for name in names if not (FAULTS[name].overrides or FAULTS[name].small_disk)]
+    for group in [shared, *([FAULTS[name]] for name in names if FAULTS[name] not in shared)]:
+        if not group:
+            continue
+        name = "shared system" if group is shared else group[0].name
+        with ExitStack() as stack:
+            root = folder / name.replace(" ", "-")
+            if group[0].small_disk:
+                stack.enter_context(small_disk(root))
+            target = Target(root, [*group[0].overrides, *([] if journal is None else [f"journal.url={journal}"])])
+            found, checked = await _on_one_system(group, target, journal)
+        outcomes += found
+        audits[name] = checked
+    return outcomes, audits
+
+
+async def _on_one_system(group: Sequence[Fault], target: Target, journal: str | None) -> tuple[list[Outcome], Audit]:
+    outcomes = []
+    console.print(f"chaos: starting a system in {target.run_root}")
+    await asyncio.to_thread(target.start)
+    try:
+        async with Load(f"{target.url}/v1", USERS) as load:
+            await _served(target, beyond=0)
+            for fault in group:
+                console.print(f"chaos: {fault.name} …")
+                outcomes.append(await strike(fault, target, load))
+                console.print(f"chaos: {_told(outcomes[-1])}")
+        url = journal or f"sqlite:///{target.run_directory / 'journal.sqlite'}"
+        checked = await asyncio.to_thread(audit, url, load.acknowledged)
+    finally:
+        await asyncio.to_thread(target.stop)
+    return outcomes, checked
+
+
+def _told(outcome: Outcome) -> str:
+    word = "held" if outcome.held else "NOT HELD"
+    return (
+        f"{outcome.fault}: {word}; chat back {outcome.chat_back_s} s, loop back {outcome.loop_back_s} s, "
+        f"{outcome.failed_in_flight} failed in flight, {outcome.failed_later} later {outcome.errors or ''}"
+    )
+
+
+def show(outcomes: Sequence[Outcome], audits: dict[str, Audit]) -> Table:
+    table = Table(title="What a fault costs", title_justify="left")
+    for column in (
+        "fault", "chat back s", "whole loop back s", "acknowledged", "failed in flight", "failed later", "version", "",
+    ):  # fmt: skip
+        table.add_column(column)
+    for one in outcomes:
+        later = str(one.failed_later) if one.survivor else f"({one.failed_later})"
+        versions = f"{one.version_before} → {one.version_after}"
+        cells = [one.fault, one.chat_back_s, one.loop_back_s, one.acknowledged, one.failed_in_flight, later, versions]
+        table.add_row(*map(str, cells), "held" if one.held else "NOT HELD")
+    for name, found in audits.items():
+        table.add_row(f"audit: {name}", *[""] * 6, ", ".join(f"{key} {value}" for key, value in asdict(found).items()))
+    return table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 1 when something was lost, trained twice, refused while it could be served, or did not heal."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.chaos", description=__doc__)
+    parser.add_argument("--only", action="append", choices=sorted(FAULTS), metavar="NAME", help=", ".join(FAULTS))
+    parser.add_argument("--journal", metavar="URL", help="an empty database (default: SQLite in the run directory)")
+    parser.add_argument("--folder", type=Path, default=Path("runs/chaos"), help="default: %(default)s")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    folder = options.folder / time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    outcomes, audits = asyncio.run(run(options.only or list(FAULTS), folder.resolve(), options.journal))
+    console.print(show(outcomes, audits))
+    if options.json:
+        found: dict[str, Any] = {
+            "users": USERS,
+            "journal": "sqlite" if options.journal is None else options.journal.split(":")[0],
+            "faults": [asdict(one) for one in outcomes],
+            "audits": {name: asdict(one) for name, one in audits.items()},
+        }
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
+    clean = all(
+        one.acknowledged_lost == 0 and one.trained_twice == 0 and one.consumed_by_none == 0 for one in audits.values()
+    )
+    return 0 if clean and all(one.held for one in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""The clawrl that faults are injected into: a `clawrl serve` of its own, its processes by their parts, its status.
+
+Knows the command line and `/status`. Ends only what it started.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from jobs.bench.processes import role
+
+READY_S = 240.0
+OVERRIDES = ("gateway.replicas=2", "buffer.batch_size=8", "trainer.learning_rate=1e-4")
+"""Two doors, so that a request has somewhere to go when one dies; small batches, so that versions come quickly."""
+
+
+class Target:
+    """One system on `run_root`; `start` again goes on with the same run."""
+
+    def __init__(self, run_root: Path, overrides: Sequence[str], environment: dict[str, str] | None = None) -> None:
+        self.run_root, self._overrides = run_root, [*OVERRIDES, *overrides]
+        self.port = _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._environment = environment or {}
+        self._process: subprocess.Popen | None = None
+
+    @property
+    def run_directory(self) -> Path:
+        return (self.run_root / "latest").resolve()
+
+    def start(self) -> None:
+        """`clawrl serve`; returns when chat is served. Raises RuntimeError with the end of its log if it is not."""
+        self.run_root.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "clawrl.cli", "serve", f"gateway.port={self.port}"]
+        command += [f"run_root={self.run_root}", *self._overrides]
+        log = self.run_root.parent / f"{self.run_root.name}.log"
+        with log.open("a") as out:
+            self._process = subprocess.Popen(
+                command, stdout=out, stderr=out, start_new_session=True, env={**os.environ, **self._environment}
+            )
+        deadline = time.monotonic() + READY_S
+        while not self.healthy():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"clawrl serve did not come up; {log} ends with:\n{log.read_text()[-2000:]}")
+            time.sleep(0.5)
+
+    def stop(self) -> None:
+        """Ctrl-C, and SIGKILL for what is left after a while."""
+        if self._process is None:
+            return
+        family = _family(self._process.pid)
+        self._process.send_signal(signal.SIGINT)
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        _kill([process for process, _ in family])
+
+    def kill_all(self) -> list[str]:
+        """kill -9 of every process at once; returns the parts of those that had to be killed a second time."""
+        assert self._process is not None
+        family = _family(self._process.pid)
+        _kill([process for process, _ in family])
+        self._process.wait(10)
+        return [name for process, name in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+    def processes(self, part: str) -> list[psutil.Process]:
+        """The processes of a part (see `bench.processes.role`), oldest first."""
+        assert self._process is not None
+        found = [process for process, name in _family(self._process.pid) if name == part]
+        return sorted(found, key=lambda process: process.create_time())
+
+    def healthy(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/healthz", timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def status(self) -> dict[str, Any] | None:
+        """`/status`, or None while the gateway or one of those it asks does not answer."""
+        try:
+            status = httpx.get(f"{self.url}/status", timeout=5).raise_for_status().json()
+        except (httpx.HTTPError, ValueError):
+            return None
+        return None if any("error" in facts for facts in status.values()) else status
+
+
+def _family(pid: int) -> list[tuple[psutil.Process, str]]:
+    """A process and its descendants with their parts, parents first."""
+    found: list[tuple[psutil.Process, str]] = []
+    waiting: list[tuple[psutil.Process, str | None]] = [(psutil.Process(pid), None)]
+    while waiting:
+        process, parent = waiting.pop()
+        try:
+            name = "driver" if parent is None else role(" ".join(process.cmdline()), parent)
+            waiting += [(child, name) for child in process.children()]
+        except psutil.Error:
+            continue
+        found.append((process, name))
+    return found
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.Error:
+            continue
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,48 @@
+"""How the journal's actor groups appends and lets old turns go, on both databases, without Ray."""
+
+import asyncio
+import time
+
+import pytest
+from sqlalchemy import event
+from test_journal import judgement, next_state, turn
+
+from clawrl.journal import actor
+from clawrl.journal.actor import Journal
+
+
+@pytest.fixture
+async def journal(url):
+    opened = Journal(url)
+    yield opened
+    await opened.close()
+
+
+async def test_32_concurrent_appends_share_commits(journal):
+    """The first goes at once, the others gather behind its fsync."""
+    commits = []
+    event.listen(journal._store.database.writer, "commit", commits.append)
+    await asyncio.gather(*(journal.append(turn(str(number))) for number in range(32)))
+    assert (await journal.counts())["turns"] == 32
+    assert len(commits) <= 3
+
+
+async def test_old_turns_expire_while_appends_go_on(url, monkeypatch):
+    monkeypatch.setattr(actor, "_EXPIRE_TURNS", 10)
+    monkeypatch.setattr(actor, "_EXPIRE_S", 0.05)
+    now = time.time()
+    first = Journal(url)
+    for number in range(45):
+        id = str(number)
+        await first.append(turn(id, ended=now - 3 * 86400), next_state(id), judgement(id))
+    await first.close()
+    journal = Journal(url, keep_days=2.0)
+    try:
+        await journal.append(turn("young", ended=now))
+        async with asyncio.timeout(20):
+            while (await journal.counts())["turns"] > 1:
+                await journal.append(turn("side", kind="side", ended=now - 3 * 86400))
+                await asyncio.sleep(0.02)
+        assert await journal.turn("young") is not None
+    finally:
+        await journal.close()

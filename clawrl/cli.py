@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from clawrl.commands import journal, versions
+from clawrl.commands import forget, journal, versions
 from clawrl.commands.client import add_url, get
 from clawrl.config import load_config
 from clawrl.errors import ClawrlError, ConfigError
@@ -48,8 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     add_url(status)
     status.add_argument("--json", action="store_true", help="print what /status says as it is")
     status.set_defaults(run=_status)
-    journal.add(commands)
+    forget.add(commands)
     versions.add(commands)
+    journal.add(commands)
     return parser
 
 

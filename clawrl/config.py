@@ -7,13 +7,14 @@ section, never the root.
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from clawrl.errors import ConfigError
 
@@ -73,6 +74,35 @@ class JournalSection(Section):
         gt=0,
         description="Turns that ended longer ago are deleted with their next states, feedback, judgements and samples, "
         "once neither judge nor trainer waits for them; versions stay. null keeps all.",
+    )
+
+
+def _regular_expressions(shapes: Any) -> Any:
+    if shapes == "default":
+        return shapes
+    if not isinstance(shapes, (list, tuple)) or not all(isinstance(shape, str) for shape in shapes):
+        raise ValueError('give "default", or a list of regular expressions ([] redacts nothing)')
+    for shape in shapes:
+        try:
+            re.compile(shape)
+        except re.error as error:
+            raise ValueError(f"{shape!r} is no regular expression: {error}") from None
+    return shapes
+
+
+def _dotted_path(path: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", path):
+        raise ValueError("name a function as package.module:function")
+    return path
+
+
+class PrivacySection(Section):
+    opt_out_users: tuple[str, ...] = Field(default=(), description="Served as always, never recorded or trained on.")
+    redact: Annotated[Literal["default"] | tuple[str, ...], BeforeValidator(_regular_expressions)] = Field(
+        default="default", description="Regular expressions taken out before anything is written; default: credentials."
+    )
+    redactor: Annotated[str, AfterValidator(_dotted_path)] | None = Field(
+        default=None, description="package.module:function, text -> text, applied after the patterns."
     )
 
 
@@ -210,6 +240,7 @@ class Config(Section):
     )
     gateway: GatewaySection = GatewaySection()
     journal: JournalSection = JournalSection()
+    privacy: PrivacySection = PrivacySection()
     policy: PolicySection = PolicySection()
     judge: JudgeSection = JudgeSection()
     learning: LearningSection = LearningSection()

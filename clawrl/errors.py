@@ -55,6 +55,10 @@ class JournalError(ClawrlError):
     """The durable log refused or failed."""
 
 
+class WithdrawnError(JournalError):
+    """A version learnt from turns whose users opted out, or had them erased, while it was being trained."""
+
+
 class WeightSyncError(ClawrlError):
     """A version could not be published, or a replica serves something else than it says."""
 

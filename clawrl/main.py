@@ -29,6 +29,7 @@ from clawrl.journal.actor import Journal
 from clawrl.journal.store import JournalStore
 from clawrl.rollout.collector import Collector
 from clawrl.serving import app
+from clawrl.serving.redaction import Redactor
 from clawrl.training.buffer import ReplayBuffer
 from clawrl.training.trainer import TrainLoop, run_trainer
 from clawrl.training.watch import Watch
@@ -109,13 +110,17 @@ class System:
                 f"journal.url holds {known} versions of another run, whose weights are not in {self.run_directory}; "
                 "set run to that run's folder, or name an empty database"
             )
+        ray.get([journal.consent.remote(user=user, train=False) for user in config.privacy.opt_out_users])
         store = self._actor(
             "weights", WeightStore, config.versions, journal, str(self.run_directory), config.policy.model
         )
         buffer = self._actor("buffer", ReplayBuffer, config.buffer, journal)
         say(f"starting {config.policy.replicas} policy and {config.judge.replicas} judge engines (vLLM)")
         told = {"versions": (store, "status"), "buffer": (buffer, "stats"), "journal": (journal, "counts")}
-        admin = {name: (store, name) for name in ("versions", "rollback", "pin", "diff", "export")}
+        admin: dict[str, tuple[Any, str]] = {
+            **{name: (store, name) for name in ("versions", "rollback", "pin", "diff", "export", "forget")},
+            "consent": (journal, "consent"),
+        }
         application = app.build(
             config,
             store=(store, f"{NAMESPACE}-weights"),
@@ -199,6 +204,7 @@ def check(config: Config) -> None:
             model_path(model)
         except ConfigError as error:
             raise ConfigError(f"{section}.model: {error}") from None
+    Redactor(config.privacy)
     host, port = config.gateway.host, config.gateway.port
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

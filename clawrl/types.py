@@ -292,12 +292,16 @@ class GateDecision:
 
 @dataclass(frozen=True, slots=True)
 class Consent:
-    """Whether a user (session None) or one session of theirs is recorded and trained on; the latest word holds."""
+    """Whether a user (session None) or one session of theirs is recorded and trained on; the latest word of each holds.
+
+    With a conversation it is no word of the user's but a mark: this conversation was served unrecorded.
+    """
 
     user: str
     session: str | None
     train: bool
     at: float
+    conversation: str | None = None  # digest of its messages and reply, see Turn.conversation
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,7 +312,7 @@ class Erasure:
     session: str | None  # None: all of the user's
     turns: int
     versions: tuple[int, ...]  # those that had learnt from it
-    restored: int | None  # the version training went back to; None: no retraining was asked for
+    restored: int | None  # the version training went back to; None: none was rejected
     at: float
 
 
@@ -329,3 +333,14 @@ def _require_rows(record: str, rows: int, **arrays: np.ndarray) -> None:
 def _require_shape(record: str, name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
     if array.shape != shape:
         raise ValueError(f"{record}.{name} has shape {array.shape}, expected {shape}")
+
+
+NOT_KEPT = Capture(
+    prompt_ids=np.empty(0, np.int32),
+    completion_ids=np.empty(0, np.int32),
+    logprobs=np.empty(0, np.float32),
+    top_ids=np.empty((0, 0), np.int32),
+    top_logprobs=np.empty((0, 0), np.float32),
+    versions=(),
+)
+"""The capture of a turn whose tokens are not kept: they would spell what was redacted. Any other has prompt tokens."""

@@ -16,14 +16,27 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from clawrl.errors import JournalError
 from clawrl.journal.database import READERS
+from clawrl.journal.erasure import Content
 from clawrl.journal.store import JournalStore, Write
 from clawrl.observe import metric
-from clawrl.types import GateDecision, Judgement, NextState, Pin, Sample, Swap, Turn, VersionEvent, WeightVersion
+from clawrl.types import (
+    Consent,
+    Erasure,
+    GateDecision,
+    Judgement,
+    NextState,
+    Pin,
+    Sample,
+    Swap,
+    Turn,
+    VersionEvent,
+    WeightVersion,
+)
 
 log = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
@@ -75,8 +88,15 @@ class Journal:
         return await self._read(self._store.turn, id)
 
     async def open_turn(self, user: str, conversation: str) -> tuple[str, str, int] | None:
-        """(id, session, index) of the user's newest main turn whose conversation has this digest."""
-        return await self._read(self._store.open_turn, user, conversation)
+        """(id, session, index) of the user's newest main turn whose conversation has this digest.
+
+        The id is empty if such a conversation was served unrecorded.
+        """
+        return await self._read(self._open_turn, user, conversation)
+
+    def _open_turn(self, user: str, conversation: str) -> tuple[str, str, int] | None:
+        unrecorded = self._store.unrecorded(user, conversation)
+        return ("", unrecorded, 0) if unrecorded is not None else self._store.open_turn(user, conversation)
 
     async def last_turn(self, user: str, session: str) -> tuple[str, str, int, str] | None:
         """(id, session, index, conversation) of the newest main turn of a session."""
@@ -113,6 +133,48 @@ class Journal:
     async def recent_scores(self, user: str, limit: int) -> list[int]:
         """Scores of the user's newest judged turns in the order they were judged; abstentions have none."""
         return await self._read(self._store.recent_scores, user, limit)
+
+    async def consent(self, user: str, train: bool, session: str | None = None) -> dict[str, Any]:
+        """Record whether a user, or one session of theirs, is recorded and trained on from now on.
+
+        An opt-out also keeps what was recorded before from ever being trained on; `clawrl forget` erases it.
+        """
+        if not isinstance(user, str) or not user or not isinstance(train, bool):
+            raise JournalError(f"consent needs user (text) and train (true or false), not {user!r} and {train!r}")
+        if not isinstance(session, str | None):
+            raise JournalError(f"session={session!r} is not text; leave it out to speak of the whole user")
+        word = Consent(user, session, train, time.time())
+        await self._commit(self._store.taking_word(word), frozenset({Consent}))
+        return asdict(word)
+
+    async def consents(self, after: int, limit: int, timeout_s: float) -> list[tuple[int, Consent]]:
+        """Words of users and sessions with their seq (> after); [] after `timeout_s`."""
+        return await self._poll(Consent, timeout_s, self._store.consents, after, limit)
+
+    async def withdrawals(self, known: int, timeout_s: float) -> int:
+        """A number that grows whenever turns are withdrawn, as soon as it is not `known`; `known` after `timeout_s`."""
+        news = await self._poll(Consent, timeout_s, self._news, known)
+        return news[0] if news else known
+
+    def _news(self, known: int) -> list[int]:
+        number = self._store.withdrawals()
+        return [] if number == known else [number]
+
+    async def owners(self, session: str) -> list[str]:
+        """Users who have a session of this name."""
+        return await self._read(self._store.owners, session)
+
+    async def content(self, user: str, session: str | None) -> Content:
+        """What an erasure would find."""
+        return await self._read(self._store.content, user, session)
+
+    async def erase(self, record: Erasure, others: Sequence[VersionEvent | Pin]) -> None:
+        """Delete a user's or session's content and wipe it from disk; what rejected versions consumed is free again.
+
+        Appends wait while the database is rewritten.
+        """
+        await self._commit(self._store.erasing(record, others), frozenset({Consent, Erasure, Sample, VersionEvent}))
+        await asyncio.get_running_loop().run_in_executor(self._writer, self._store.scrub)
 
     async def versions(self) -> list[WeightVersion]:
         return await self._read(self._store.versions)

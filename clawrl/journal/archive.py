@@ -28,10 +28,11 @@ from clawrl.journal.tables import (
     UNJUDGED,
     UNTRAINED,
     VERSIONS,
+    WITHDRAWN,
     Real,
 )
 
-TABLES: list[Table] = [*(records.table for records in RECORD_TABLES.values()), CONSUMPTIONS]
+TABLES: list[Table] = [*(records.table for records in RECORD_TABLES.values()), CONSUMPTIONS, WITHDRAWN]
 _BATCH = 500
 _SCHEMA_KEY = b"clawrl.journal.schema"
 _KINDS = [(Text, pa.string()), (BigInteger, pa.int64()), (Real, pa.float64()), (Boolean, pa.bool_())]
@@ -132,7 +133,7 @@ def _require_same_run(connection: Connection, folder: Path) -> None:
 def _restore(connection: Connection, table: Table, path: Path) -> None:
     """A table without a unique key of its own knows its rows by all they say."""
     names = [column.name for column in table.columns if column.name != "seq"]
-    unique = table is CONSUMPTIONS or any(index.unique for index in table.indexes)
+    unique = table in (CONSUMPTIONS, WITHDRAWN) or any(index.unique for index in table.indexes)
     known = set() if unique else {repr(tuple(row)) for row in connection.execute(select(*(table.c[n] for n in names)))}
     batch: list[dict[str, Any]] = []
     for row in _rows(path):

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine, Insert, Table, create_engine, event
+from sqlalchemy import Connection, Engine, Insert, Table, create_engine, event, inspect
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import InterfaceError, OperationalError
@@ -136,6 +136,14 @@ class Database(ABC):
         """Give some of the space of deleted rows back, in a moment."""
 
     @abstractmethod
+    def scrub(self) -> None:
+        """Rewrite what holds content so that no deleted byte is left in the database's own files.
+
+        Needs as much free disk as they take, and nobody writes meanwhile. Backups, archived logs, and blocks that the
+        file system has given back are out of its reach.
+        """
+
+    @abstractmethod
     def _prepare_reader(self, connection: Any) -> None: ...
 
     @abstractmethod
@@ -185,6 +193,19 @@ class _Sqlite(Database):
             for _ in range(min(free, 1000)):  # Python's driver takes one step of a statement without columns: one page
                 connection.exec_driver_sql("PRAGMA incremental_vacuum")
 
+    def scrub(self) -> None:
+        connection = self.writer.raw_connection()
+        try:
+            cursor = connection.cursor()
+            cursor.execute("VACUUM")  # a page that was split keeps bytes of the rows that moved away
+            deadline = time.monotonic() + _LOCK_WAIT_S
+            while cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()[0][0]:  # a reader still looks into it
+                if time.monotonic() > deadline:
+                    raise JournalError("a reader holds the write-ahead log, where deleted content may be; forget again")
+                time.sleep(_RETRY_S)
+        finally:
+            connection.close()
+
     def _prepare_reader(self, connection: Any) -> None:
         connection.isolation_level = None  # or the driver begins transactions by itself
         connection.execute(f"PRAGMA busy_timeout={_LOCK_WAIT_S * 1000:.0f}")
@@ -199,6 +220,7 @@ class _Sqlite(Database):
             "journal_mode=WAL",
             "synchronous=FULL",
             "foreign_keys=ON",
+            "secure_delete=ON",
         ):
             connection.execute(f"PRAGMA {setting}")
 
@@ -258,6 +280,12 @@ class _Postgres(Database):
 
     def shrink(self) -> None:
         """Autovacuum does it."""
+
+    def scrub(self) -> None:
+        """New files for every table; what the server archived or sent to replicas before is theirs."""
+        with self.writer.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            for table in inspect(connection).get_table_names():
+                connection.exec_driver_sql(f"VACUUM FULL {table}")
 
     def _prepare_reader(self, connection: Any) -> None:
         self._set(connection, "default_transaction_read_only = on")

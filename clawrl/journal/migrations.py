@@ -25,7 +25,11 @@ _TO_2 = [  # what tells a repeated request; held-out samples; pins, gate, consen
         {seq}, version BIGINT NOT NULL, stage TEXT NOT NULL, passed BOOLEAN NOT NULL, reason TEXT NOT NULL,
         checks TEXT NOT NULL, seconds DOUBLE PRECISION NOT NULL, at DOUBLE PRECISION NOT NULL)""",
     """CREATE TABLE consents (
-        {seq}, "user" TEXT NOT NULL, session TEXT, train BOOLEAN NOT NULL, at DOUBLE PRECISION NOT NULL)""",
+        {seq}, "user" TEXT NOT NULL, session TEXT, train BOOLEAN NOT NULL, at DOUBLE PRECISION NOT NULL,
+        conversation TEXT)""",
+    'CREATE INDEX consents_user_session ON consents ("user", session)',
+    'CREATE INDEX consents_conversation_user ON consents (conversation, "user")',
+    "CREATE TABLE withdrawn (turn TEXT PRIMARY KEY NOT NULL)",
     """CREATE TABLE erasures (
         {seq}, "user" TEXT NOT NULL, session TEXT, turns BIGINT NOT NULL, versions TEXT NOT NULL, restored BIGINT,
         at DOUBLE PRECISION NOT NULL)""",

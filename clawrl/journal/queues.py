@@ -5,6 +5,8 @@ They are derived: `fill` makes them anew from the records, and a deleted record 
 CASCADE).
 
     NextState ──► unjudged ──Judgement──►        Sample ──► untrained ──WeightVersion──►
+
+A withdrawn turn (`erasure`) waits for nothing, and a turn whose tokens were not kept is not judged.
 """
 
 from __future__ import annotations
@@ -14,15 +16,18 @@ from typing import Any
 
 from sqlalchemy import Connection, func, select, text
 
-from clawrl.journal.tables import CONSUMPTIONS, SAMPLES, UNJUDGED, UNTRAINED
+from clawrl.journal.tables import CONSUMPTIONS, NO_TOKENS, SAMPLES, UNJUDGED, UNTRAINED
 from clawrl.types import Judgement, NextState, Sample, Turn
 
-_UNJUDGED = """
+_UNJUDGED = f"""
     SELECT n.seq, n.turn FROM next_states n JOIN turns t ON t.id = n.turn
-    WHERE t.kind = 'main' AND NOT EXISTS (SELECT 1 FROM judgements j WHERE j.turn = n.turn)"""
+    WHERE t.kind = 'main' AND length(t.capture_prompt_ids) > {len(NO_TOKENS)}
+    AND NOT EXISTS (SELECT 1 FROM judgements j WHERE j.turn = n.turn)
+    AND NOT EXISTS (SELECT 1 FROM withdrawn w WHERE w.turn = n.turn)"""
 _UNTRAINED = """
     SELECT s.seq, s.id FROM samples s
-    WHERE NOT s.held_out AND NOT EXISTS (SELECT 1 FROM consumptions c WHERE c.sample = s.id)"""
+    WHERE NOT s.held_out AND NOT EXISTS (SELECT 1 FROM consumptions c WHERE c.sample = s.id)
+    AND NOT EXISTS (SELECT 1 FROM withdrawn w WHERE w.turn = s.id)"""
 _ADD_UNJUDGED = text(f"INSERT INTO unjudged (seq, turn) {_UNJUDGED} AND n.turn = :id ON CONFLICT DO NOTHING")
 _ADD_UNTRAINED = text(f"INSERT INTO untrained (seq, sample) {_UNTRAINED} AND s.id = :id ON CONFLICT DO NOTHING")
 _JUDGED = text("DELETE FROM unjudged WHERE turn = :id")
@@ -40,6 +45,18 @@ def follow(connection: Connection, records: Iterable[Any]) -> None:
 def trained(connection: Connection, samples: Iterable[str]) -> None:
     """A version consumed these samples."""
     _each(connection, _TRAINED, samples)
+
+
+def withdrawn(connection: Connection, turns: Iterable[str]) -> None:
+    """These turns are neither judged nor trained on any more."""
+    turns = list(turns)
+    _each(connection, _JUDGED, turns)
+    _each(connection, _TRAINED, turns)
+
+
+def released(connection: Connection, samples: Iterable[str]) -> None:
+    """What consumed these samples was undone."""
+    _each(connection, _ADD_UNTRAINED, samples)
 
 
 def waiting(connection: Connection, turns: list[str]) -> set[str]:

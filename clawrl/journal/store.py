@@ -13,11 +13,13 @@ from typing import Any
 
 from sqlalchemy import Connection, Select, delete, func, insert, inspect, select, update
 
-from clawrl.errors import JournalError
-from clawrl.journal import queues
+from clawrl.errors import JournalError, WithdrawnError
+from clawrl.journal import erasure, queues
 from clawrl.journal.database import insert_new, open_database, parse_url, refusing
+from clawrl.journal.erasure import Content
 from clawrl.journal.migrations import migrate
 from clawrl.journal.tables import (
+    CONSENTS,
     CONSUMPTIONS,
     FEEDBACK,
     JUDGEMENTS,
@@ -32,9 +34,22 @@ from clawrl.journal.tables import (
     UNJUDGED,
     UNTRAINED,
     VERSIONS,
+    WITHDRAWN,
     RecordTable,
 )
-from clawrl.types import GateDecision, Judgement, NextState, Pin, Sample, Swap, Turn, VersionEvent, WeightVersion
+from clawrl.types import (
+    Consent,
+    Erasure,
+    GateDecision,
+    Judgement,
+    NextState,
+    Pin,
+    Sample,
+    Swap,
+    Turn,
+    VersionEvent,
+    WeightVersion,
+)
 
 Write = Callable[[Connection], None]
 """One caller's rows, written all or none, in a transaction that others may share."""
@@ -171,7 +186,8 @@ class JournalReader:
         query = (
             select(SAMPLES.table, JUDGEMENTS.c.score)
             .join(JUDGEMENTS.table, JUDGEMENTS.c.turn == SAMPLES.c.id)
-            .where(SAMPLES.c.held_out.is_(True))
+            .outerjoin(WITHDRAWN, WITHDRAWN.c.turn == SAMPLES.c.id)
+            .where(SAMPLES.c.held_out.is_(True), WITHDRAWN.c.turn.is_(None))
             .order_by(SAMPLES.c.seq.desc())
             .limit(limit)
         )
@@ -197,6 +213,31 @@ class JournalReader:
             .limit(limit)
         )
         return [score for _, score in sorted(tuple(row.values()) for row in self._rows(query))]
+
+    def unrecorded(self, user: str, conversation: str) -> str | None:
+        """The session in which the user's conversation of this digest was served unrecorded; None: it was not."""
+        rows = self._rows(erasure.unrecorded_session(user, conversation))
+        return rows[0]["session"] if rows else None
+
+    def consents(self, after: int, limit: int) -> list[tuple[int, Consent]]:
+        """Words of users and sessions in the order of seq, beyond `after`."""
+        return [(row[CONSENTS.c.seq], CONSENTS.decode(row)) for row in self._rows(erasure.consents(after, limit))]
+
+    def withdrawals(self) -> int:
+        """A number that grows with every opt-out and every erasure."""
+        return self._rows(erasure.withdrawals())[0]["number"]
+
+    def owners(self, session: str) -> list[str]:
+        """Users who have a session of this name."""
+        return [row["user"] for row in self._rows(select(TURNS.c.user).where(TURNS.c.session == session).distinct())]
+
+    def content(self, user: str, session: str | None) -> Content:
+        """What an erasure would find."""
+        with refusing(f"journal {self.name} cannot be read"), self.database.snapshot() as connection:
+            return erasure.content(connection, user, session)
+
+    def erasures(self) -> list[Erasure]:
+        return self._all(Erasure)
 
     def versions(self) -> list[WeightVersion]:
         return self._all(WeightVersion)
@@ -305,7 +346,8 @@ class JournalStore(JournalReader):
 
         def write(connection: Connection) -> None:
             for table, several in rows.items():
-                connection.execute(insert_new(connection, table.table), several)
+                if admitted := erasure.admitted(connection, table, several):
+                    connection.execute(insert_new(connection, table.table), admitted)
             queues.follow(connection, records)
 
         return write
@@ -328,6 +370,11 @@ class JournalStore(JournalReader):
                     f"version {version.number} would learn again from sample {taken.sample}, which version "
                     f"{taken.version} consumed; go on from the newest version"
                 )
+            if gone := erasure.withdrawn(connection, version.samples):
+                raise WithdrawnError(
+                    f"version {version.number} learnt from {len(gone)} samples that were withdrawn meanwhile; "
+                    "train the step again without them"
+                )
             append(connection)
             rows = [{"sample": sample, "version": version.number} for sample in version.samples]
             if rows:
@@ -335,6 +382,37 @@ class JournalStore(JournalReader):
                 queues.trained(connection, version.samples)
 
         return write
+
+    def taking_word(self, consent: Consent) -> Write:
+        """The write of a user's or session's word; an opt-out withdraws their turns from training."""
+        return lambda connection: erasure.take_word(connection, consent)
+
+    def erasing(self, record: Erasure, others: Sequence[VersionEvent | Pin]) -> Write:
+        """The write that deletes the content and takes other records; what rejected versions consumed is free again."""
+        events = [other for other in others if isinstance(other, VersionEvent)]
+        rejected = [event.version for event in events if event.state == "rejected"]
+        append = self.appending(*others)
+
+        def write(connection: Connection) -> None:
+            erasure.erase(connection, record, rejected)
+            append(connection)
+
+        return write
+
+    def consent(self, consent: Consent) -> None:
+        """Record a user's or session's word."""
+        self.write(self.taking_word(consent))
+
+    def erase(self, record: Erasure, others: Sequence[VersionEvent | Pin] = ()) -> None:
+        """Delete a user's or session's content for good, on disk too; see `erasing`."""
+        self.write(self.erasing(record, others))
+        self.scrub()
+
+    def scrub(self) -> None:
+        """Leave nothing of what was deleted in the database's files; nobody writes meanwhile."""
+        self.recount()
+        with refusing(f"journal {self.name} still holds deleted bytes; forget again"):
+            self.database.scrub()
 
     def commit(self, writes: list[Write]) -> list[JournalError | None]:
         """Make all writes durable in one transaction; if that fails, in one each, so that only the guilty are refused.

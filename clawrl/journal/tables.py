@@ -33,6 +33,7 @@ from sqlalchemy import (
 from sqlalchemy.types import TypeEngine, UserDefinedType
 
 from clawrl.types import (
+    NOT_KEPT,
     Consent,
     Erasure,
     Feedback,
@@ -205,6 +206,8 @@ TURNS = RecordTable(
         ("user", "seq"),
     ),
 )
+NO_TOKENS = _to_npy(NOT_KEPT.prompt_ids)
+"""What `capture_prompt_ids` holds of a turn whose tokens are not kept."""
 Index("turns_key", TURNS.c.key, unique=True)
 NEXT_STATES = RecordTable("next_states", NextState, unique="turn")
 JUDGEMENTS = RecordTable("judgements", Judgement, unique="turn")
@@ -215,7 +218,7 @@ EVENTS = RecordTable("version_events", VersionEvent)
 SWAPS = RecordTable("swaps", Swap)
 PINS = RecordTable("pins", Pin)
 DECISIONS = RecordTable("gate_decisions", GateDecision)
-CONSENTS = RecordTable("consents", Consent)
+CONSENTS = RecordTable("consents", Consent, indexes=(("user", "session"), ("conversation", "user")))
 ERASURES = RecordTable("erasures", Erasure)
 RECORD_TABLES: dict[type, RecordTable] = {
     table.record: table
@@ -251,5 +254,10 @@ UNTRAINED = Table(  # what `samples_to_train` finds
     METADATA,
     Column("seq", _Seq, ForeignKey(SAMPLES.c.seq, ondelete="CASCADE"), primary_key=True, autoincrement=False),
     Column("sample", Text, nullable=False, unique=True),
+)
+WITHDRAWN = Table(
+    "withdrawn",  # turns that never train again: opted out later, or erased; what comes late about them is ignored
+    METADATA,
+    Column("turn", Text, primary_key=True),
 )
 META = Table("meta", METADATA, Column("name", Text, primary_key=True), Column("value", Text, nullable=False))

@@ -53,7 +53,7 @@ def bind_gateway(
         graceful_shutdown_timeout_s=5,
         ray_actor_options={"num_cpus": CPU_SHARE["gateway"], "resources": {f"node:{here}": 0.001}},
     )
-    return gateway.bind(config.gateway, config.policy, policy, journal, status, admin)
+    return gateway.bind(config.gateway, config.policy, policy, journal, status, admin, config.privacy)
 
 
 def _engine_deployment(cls: type, name: str, settings: EngineSection) -> Any:

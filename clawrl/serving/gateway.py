@@ -5,7 +5,8 @@ Knows HTTP, sessions and the journal's calls. Ignores engines and training. One 
     validate ─► pair (the earlier turn gets its next state) ─► policy.chat ─► stream deltas to the client
                                                                    └► Finished ─► journal.append(Turn) ─► [DONE]
 
-The turn is durable before the reply's last byte.
+The turn is durable before the reply's last byte. Secrets are taken out before anything goes to the journal, and of who
+opted out nothing goes there; the digests by which conversations are known are those of the words as they were.
 """
 
 from __future__ import annotations
@@ -23,15 +24,17 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray.exceptions import RayActorError
 
-from clawrl.config import GatewaySection, PolicySection
+from clawrl.config import GatewaySection, PolicySection, PrivacySection
 from clawrl.errors import ClawrlError, GatewayError
 from clawrl.observe import metric
 from clawrl.serving import replay
 from clawrl.serving.admin import Acts, act, require_local
 from clawrl.serving.capture import Finished, Refused, ReplyAssembler, reply_message
+from clawrl.serving.consent import HEADER, OptOuts
 from clawrl.serving.listener import ClientGone, InTurn, Listener, Slots, while_connected
-from clawrl.serving.sessions import Identity, continuation, digest, identify
-from clawrl.types import Message, NextState, Turn
+from clawrl.serving.redaction import Redactor
+from clawrl.serving.sessions import Continuation, Identity, continuation, digest, identify
+from clawrl.types import Consent, Message, NextState, Turn
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +47,11 @@ EVENT_STREAM, NO_CACHE = "text/event-stream", {"cache-control": "no-cache"}
 RETRY_WINDOW_S = 1800.0
 """How long after a reply the same request, marked as a client's retry, is taken for the same turn."""
 
+UNRECORDED = ""
+"""The journal's id for a turn that it knows of and does not have."""
+CONSENTS, FOLLOW_S, FOLLOW_RETRY_S = 1000, 30.0, 0.5
+"""Words read at once from the journal, one long poll of it, and the pause after a failed one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -51,6 +59,7 @@ class Place:
 
     session: str
     index: int
+    recorded: bool = True
 
 
 class Gateway:
@@ -68,6 +77,7 @@ class Gateway:
         journal: Any,
         status: dict[str, tuple[Any, str]],
         admin: Acts,
+        privacy: PrivacySection,
     ) -> None:
         self._settings = settings
         self._policy_settings = policy_settings
@@ -76,6 +86,9 @@ class Gateway:
         self._journal = journal
         self._status = status
         self._admin = admin
+        self._redactor = Redactor(privacy)
+        self._opt_outs = OptOuts(privacy.opt_out_users)
+        self._following = asyncio.create_task(self._follow_consents())
         self._app = self._routes()
         self._listener = Listener(self._app, settings.host, settings.port)
 
@@ -89,6 +102,7 @@ class Gateway:
             raise GatewayError(f"the listener on port {self._settings.port} has ended", status=503)
 
     async def __del__(self) -> None:
+        self._following.cancel()
         await self._listener.close()
 
     # -- routes ------------------------------------------------------------------------------------------------------
@@ -169,8 +183,15 @@ class Gateway:
     async def _earlier(self, messages: list[Message], identity: Identity) -> Turn | None:
         """The recorded turn that this request repeats: by its key, or else, where it is a retry, by its content.
 
-        Raises GatewayError if the key was used for another request.
+        One with secrets taken out is answered anew: its words are not what was said. Raises GatewayError if the key
+        was used for another request.
         """
+        found = await self._repeated(messages, identity)
+        return found if found is not None and len(found.capture.prompt_ids) else None
+
+    async def _repeated(self, messages: list[Message], identity: Identity) -> Turn | None:
+        if identity.opts_out:
+            return None
         if identity.key is not None:
             found = await self._journal.keyed_turn.remote(identity.key)
             if found is not None and found.request != digest(messages):
@@ -195,18 +216,21 @@ class Gateway:
         if isinstance(first, Refused):
             return JSONResponse(first.body, status_code=first.status)
         placing = asyncio.create_task(self._place(body["messages"], identity))  # while the reply is written
+        told = await self._told(identity, placing)
         metric("gateway/first_token_s").observe(time.time() - arrived)
         if body.get("stream"):
             events = self._events(body, identity, placing, first, pieces, arrived)
-            return StreamingResponse(events, media_type=EVENT_STREAM, headers=NO_CACHE)
+            return StreamingResponse(events, media_type=EVENT_STREAM, headers={**NO_CACHE, **told})
         answer = json.loads(first)
         choice = answer["choices"][0]
         message = choice["message"]
         reply = reply_message(message.get("content"), message.get("reasoning"), message.get("tool_calls"))
         finished = await anext(pieces)
-        turn = _turn(body, identity, await placing, answer["id"], reply, choice["finish_reason"], finished, arrived)
-        await self._journal.append.remote(turn)
-        return Response(first, media_type="application/json")
+        place = await placing
+        await self._keep(
+            _turn(body, identity, place, answer["id"], reply, choice["finish_reason"], finished, arrived), place
+        )
+        return Response(first, media_type="application/json", headers=told)
 
     async def _begun(self, body: dict[str, Any]) -> tuple[AsyncIterator[Any], Any]:
         """(pieces, the first of them). A replica that dies before it has said anything is not the client's concern:
@@ -239,8 +263,8 @@ class Gateway:
             async for piece in pieces:
                 if isinstance(piece, Finished):
                     reply, reason = assembler.message(), assembler.finish_reason
-                    turn = _turn(body, identity, await placing, assembler.id, reply, reason, piece, arrived)
-                    await self._journal.append.remote(turn)
+                    place = await placing
+                    await self._keep(_turn(body, identity, place, assembler.id, reply, reason, piece, arrived), place)
                 else:
                     assembler.add_events(piece)
                     yield piece
@@ -252,25 +276,74 @@ class Gateway:
             yield f"data: {json.dumps(GatewayError(f'the reply broke off: {shown}; try again', status=503).body())}\n\n"
 
     async def _place(self, messages: list[Message], identity: Identity) -> Place:
-        """Find the turn this request continues and give it its next state; side calls stand alone."""
-        fresh_session = Place(identity.session or f"session-{uuid.uuid4().hex}", 0)
+        """Find the turn this request continues and give it its next state; side calls stand alone.
+
+        Where the request, its session or its user opted out, or the conversation was served unrecorded so far, nothing
+        is recorded.
+        """
+        user, session = identity.user, identity.session or f"session-{uuid.uuid4().hex}"
         if identity.kind == "side":
-            return fresh_session
+            return Place(session, 0, not (identity.opts_out or self._opt_outs.cover(user, session)))
+        turn, session, index, seen = await self._found(messages, identity, session)
+        if identity.opts_out and not self._opt_outs.cover(user, session):
+            word = await self._journal.consent.remote(user=user, train=False, session=session)
+            self._opt_outs.take(Consent(**word))
+        if turn == UNRECORDED or self._opt_outs.cover(user, session):
+            return Place(session, 0, recorded=False)
+        if turn is not None and seen.history is not None and seen.fresh:
+            next_state = NextState(turn, seen.role, seen.fresh, False, time.time())
+            await self._journal.append.remote(self._redactor.record(next_state))
+        return Place(session, index)
+
+    async def _found(
+        self, messages: list[Message], identity: Identity, fresh_session: str
+    ) -> tuple[str | None, str, int, Continuation]:
+        """The turn that a request continues (None: none), the request's session and index there, and how it reads."""
         seen = continuation(messages)
         found = None
         if seen.history is not None:
             found = await self._journal.open_turn.remote(identity.user, seen.history)
+            if found is not None and found[0] == UNRECORDED:
+                return UNRECORDED, identity.session or found[1], 0, seen
             if found is not None and identity.session not in (None, found[1]):
                 found = None
         if found is None and identity.session is not None:
             last = await self._journal.last_turn.remote(identity.user, identity.session)
             found = last[:3] if last is not None else None
         if found is None:
-            return fresh_session
+            return None, fresh_session, 0, seen
         turn, session, index = found
-        if seen.history is not None and seen.fresh:
-            await self._journal.append.remote(NextState(turn, seen.role, seen.fresh, False, time.time()))
-        return Place(session, index + 1)
+        return turn, session, index + 1, seen
+
+    # -- consent -------------------------------------------------------------------------------------------------------
+
+    async def _told(self, identity: Identity, placing: asyncio.Task[Place]) -> dict[str, str]:
+        """The headers that say whether this reply is recorded; only who ever opted out waits for the journal here."""
+        certain = identity.opts_out or self._opt_outs.cover(identity.user, identity.session)
+        if certain or (self._opt_outs.concern(identity.user) and not (await placing).recorded):
+            return HEADER
+        return {}
+
+    async def _keep(self, turn: Turn, place: Place) -> None:
+        """Record the turn without its secrets; of one that is not recorded, only that its conversation is not."""
+        if place.recorded:
+            await self._journal.append.remote(self._redactor.record(turn))
+        elif turn.kind == "main":
+            await self._journal.append.remote(Consent(turn.user, turn.session, False, turn.ended, turn.conversation))
+
+    async def _follow_consents(self) -> None:
+        """Take in what users say, to whichever replica, for ever."""
+        after = 0
+        while True:
+            try:
+                words = await self._journal.consents.remote(after, CONSENTS, FOLLOW_S)
+            except Exception as error:
+                log.warning("event=journal_unreachable error=%s retry_s=%g", type(error).__name__, FOLLOW_RETRY_S)
+                await asyncio.sleep(FOLLOW_RETRY_S)
+                continue
+            for seq, word in words:
+                self._opt_outs.take(word)
+                after = seq
 
 
 async def _whole(pieces: Any) -> AsyncIterator[Any]:

@@ -31,6 +31,7 @@ class Identity:
     source: str
     group: str | None
     key: str | None = None  # the client's idempotency key, made unique among users
+    opts_out: bool = False  # its session is not to be recorded from here on
     retried: bool = False  # the client's SDK sent this request before and got no answer
 
 
@@ -46,12 +47,15 @@ class Continuation:
 def identify(headers: Mapping[str, str], body: Mapping[str, Any]) -> Identity:
     """Read the identity from `X-Session-Id`, `X-Turn-Type`, `X-Source`, `X-Group` and the body's `user`.
 
+    `X-Train: no` opts its session out.
     A request sent again says so by `Idempotency-Key`, or as OpenAI's SDKs do by `X-Stainless-Retry-Count`.
-    Raises GatewayError for a turn type other than main or side.
+    Raises GatewayError for a turn type other than main or side, and an X-Train other than yes or no.
     """
-    kind = headers.get("x-turn-type", "main")
+    kind, train = headers.get("x-turn-type", "main"), headers.get("x-train", "yes").strip().lower()
     if kind not in ("main", "side"):
         raise GatewayError(f"X-Turn-Type: {kind!r} is unknown; use main or side", param="X-Turn-Type")
+    if train not in ("yes", "no"):  # what is meant as an opt-out must not be taken for none
+        raise GatewayError(f"X-Train: {train!r} is unknown; use no, or leave it out", param="X-Train")
     user, key = str(body.get("user") or "local"), headers.get("idempotency-key")
     return Identity(
         user=user,
@@ -60,6 +64,7 @@ def identify(headers: Mapping[str, str], body: Mapping[str, Any]) -> Identity:
         source=headers.get("x-source", "chat"),
         group=headers.get("x-group"),
         key=None if key is None else f"{user}:{key}",
+        opts_out=train == "no",
         retried=headers.get("x-stainless-retry-count", "0") != "0",
     )
 

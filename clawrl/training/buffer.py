@@ -2,7 +2,7 @@
 
 Knows batch size, lag and leases. Ignores how samples were made and what training does with them. It is a view: the
 journal holds the samples and which of them a version consumed, so a buffer that starts, or no longer knows what became
-of a lease, reads the unconsumed ones again, in their order.
+of a lease, or hears that turns were withdrawn (opt-out, erasure), reads the unconsumed ones again, in their order.
 
     journal ──(long poll)──► waiting ──take(step)──► leased ──release(step)──► forgotten
                                 │ advance(line)
@@ -43,11 +43,13 @@ class ReplayBuffer:
         self._leases: dict[int, Batch] = {}
         self._next: int | None = None  # the step that may lease of what waits: the one before it is settled
         self._dropped: set[str] = set()
+        self._released: frozenset[str] = frozenset()  # samples of rejected versions: in time when first trained on
         self._line: tuple[int, ...] = ()  # the trainer's version and its ancestors, newest first; empty: unknown yet
         self._closed = False
         self._changed = asyncio.Condition()
         self._set_waiting([])  # an empty buffer is a measurement too
         self._filling = asyncio.create_task(self._fill())
+        self._heeding = asyncio.create_task(self._heed())
 
     async def take(self, step: int, timeout_s: float) -> Batch | None:
         """The batch of an optimizer step, the same one each time it is asked for; None if too few samples come in time.
@@ -85,6 +87,7 @@ class ReplayBuffer:
         """Every take, waiting ones too, answers CLOSED from now on."""
         self._closed = True
         self._filling.cancel()
+        self._heeding.cancel()
         async with self._changed:
             self._changed.notify_all()
 
@@ -101,11 +104,12 @@ class ReplayBuffer:
         return self._leases[step]
 
     def _set_waiting(self, samples: list[Sample]) -> None:
-        """Keep those of `samples` that are young enough, drop and count the others."""
-        fresh = [sample for sample in samples if lag(self._line, sample.newest_version) <= self._settings.max_lag]
-        self._waiting = fresh
-        metric("buffer/size_num").set(len(fresh))
-        dropped = {sample.id for sample in samples} - {sample.id for sample in fresh} - self._dropped
+        """Keep those of `samples` that are young enough, or trained on again; drop and count the others."""
+        most = self._settings.max_lag
+        old = {sample.id for sample in samples if lag(self._line, sample.newest_version) > most} - self._released
+        self._waiting = [sample for sample in samples if sample.id not in old]
+        metric("buffer/size_num").set(len(self._waiting))
+        dropped = old - self._dropped
         if dropped:
             self._dropped |= dropped
             metric("buffer/dropped_num").inc(len(dropped))
@@ -120,14 +124,29 @@ class ReplayBuffer:
         self._set_waiting([])
         self._filling = asyncio.create_task(self._fill())
 
+    async def _heed(self) -> None:
+        """Read the journal again whenever turns were withdrawn, so that none of theirs is waiting or leased here."""
+        known: int | None = None
+        while True:
+            try:
+                number = await self._journal.withdrawals.remote(-1 if known is None else known, _POLL_S)
+            except Exception as error:
+                log.warning("event=journal_unreachable error=%s retry_s=%g", type(error).__name__, _RETRY_S)
+                await asyncio.sleep(_RETRY_S)
+                continue
+            if number != known:
+                if known is not None:
+                    self._rebuild()
+                    self._next = None  # of the step in work the journal will know
+                known = number
+
     async def _fill(self) -> None:
         """Follow the journal's unconsumed samples; a journal that fails is asked again, for ever."""
         after: int | None = None
         while True:
             try:
                 if after is None:
-                    if not self._line:
-                        self._line = await self._journalled_line()
+                    await self._read_versions()
                     after = 0
                 found = await self._journal.samples_to_train.remote(after, _POLL_SAMPLES, _POLL_S)
             except Exception as error:
@@ -140,8 +159,12 @@ class ReplayBuffer:
                 async with self._changed:
                     self._changed.notify_all()
 
-    async def _journalled_line(self) -> tuple[int, ...]:
-        """Where the trainer stands, before it says so itself."""
+    async def _read_versions(self) -> None:
+        """Where the trainer stands, before it says so itself, and what rejected versions learnt from."""
         versions, events = await asyncio.gather(self._journal.versions.remote(), self._journal.version_events.remote())
         registry = Registry(versions, events)
-        return self._line or registry.line(registry.head)
+        states = registry.states()
+        self._line = self._line or registry.line(registry.head)
+        self._released = frozenset(
+            sample for each in versions if states[each.number] == "rejected" for sample in each.samples
+        )

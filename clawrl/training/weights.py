@@ -26,7 +26,7 @@ from typing import Any
 import ray
 
 from clawrl.config import VersionsSection
-from clawrl.errors import WeightSyncError
+from clawrl.errors import WeightSyncError, WithdrawnError
 from clawrl.observe import metric
 from clawrl.training.checkpoint import (
     export_checkpoint,
@@ -37,6 +37,7 @@ from clawrl.training.checkpoint import (
     write_canary,
     write_checkpoint,
 )
+from clawrl.training.forgetting import owner, plan
 from clawrl.training.history import apart, difference, listing
 from clawrl.training.versions import Registry, canary_distance, canary_verdict
 from clawrl.types import Bucket, Canary, GateDecision, Pin, Publication, Swap, VersionEvent, WeightVersion
@@ -109,10 +110,10 @@ class WeightStore:
         """Take the held buckets as a version: on disk, then in the journal, then desired. Offered again, it is known.
 
         In this order a version in the journal always has its checkpoint, and no replica serves one that a crash
-        could make number anew. False: the parent was rejected meanwhile, nothing is recorded, and the batch is to be
-        trained again from the new head. A version that did not pass the gate is recorded as rejected, with what it
-        consumed, and its weights are not kept. Raises WeightSyncError if buckets are missing or the number is not
-        the next.
+        could make number anew. False: the parent was rejected meanwhile, or samples of the batch were withdrawn;
+        nothing is recorded, and what is left of the batch is to be trained again from the head. A version that did not
+        pass the gate is recorded as rejected, with what it consumed, and its weights are not kept. Raises
+        WeightSyncError if buckets are missing or the number is not the next.
         """
         registry = await self._known()
         async with self._offering:
@@ -318,6 +319,37 @@ class WeightStore:
         self._closed = True
         await self._wake()
 
+    async def forget(
+        self, user: str | None = None, session: str | None = None, retrain: bool = False, yes: bool = False
+    ) -> dict[str, Any]:
+        """Erase what a user, or one session, said; see `training/forgetting` for what it means for the versions.
+
+        Without `yes` only what would be done is told. Raises ClawrlError if it is not clear whose content is meant.
+        """
+        for name, flag in (("retrain", retrain), ("yes", yes)):
+            _require(name, flag, bool)
+        registry = await self._known()
+        async with self._offering, self._removing, self._deciding:
+            whose = owner(user, session, [] if user or not session else await self._journal.owners.remote(session))
+            found, versions, events = await asyncio.gather(
+                self._journal.content.remote(whose, session),
+                self._journal.versions.remote(), self._journal.version_events.remote(),
+            )  # fmt: skip
+            on_disk = await asyncio.to_thread(_numbers, self._folder)
+            planned = plan(whose, session, found, versions, events, retrain=retrain, on_disk=on_disk, at=time.time())
+            if not yes:
+                return planned.told(done=False)
+            await self._journal.erase.remote(planned.erasure, planned.records())
+            registry.apply(planned.events)
+            self._pinned -= set(planned.pinned)
+            for number in planned.checkpoints:
+                self._held.pop(number, None)
+                self._canaries.pop(number, None)
+                await asyncio.to_thread(shutil.rmtree, self._folder / str(number))
+        logger.warning("event=forgotten turns=%d restored=%s", planned.erasure.turns, planned.erasure.restored)
+        await self._wake()
+        return planned.told(done=True)
+
     # --- inside ---
 
     async def _known(self) -> Registry:
@@ -364,14 +396,21 @@ class WeightStore:
         return None
 
     async def _enter(self, registry: Registry, version: WeightVersion, refused: str | None = None) -> bool:
-        """Record a version as a candidate, or at once as rejected; false if its parent was rejected meanwhile."""
+        """Record a version as a candidate, or at once as rejected.
+
+        False if its parent was rejected meanwhile, or some samples withdrawn.
+        """
         async with self._deciding:
             if version.parent is not None and registry.state(version.parent) == "rejected":
                 return False
             event = registry.candidate(version.number, version.parent, time.time())
             if refused is not None:
                 event = replace(event, state="rejected", reason=refused)
-            await self._journal.record_version.remote(version, event)
+            try:
+                await self._journal.record_version.remote(version, event)
+            except WithdrawnError as error:
+                logger.warning("event=version_withdrawn version=%d reason=%r", version.number, str(error))
+                return False
             registry.add(event, version.parent)
         return True
 

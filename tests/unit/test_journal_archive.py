@@ -51,7 +51,7 @@ def contents(journal: JournalReader) -> dict[str, list[str]]:
         found = {}
         for table in archive.TABLES:
             names = ", ".join(f'"{column.name}"' for column in table.columns if column.name != "seq")
-            order = "sample" if table.name == "consumptions" else "seq"
+            order = {"consumptions": "sample", "withdrawn": "turn"}.get(table.name, "seq")
             rows = connection.execute(text(f"SELECT {names} FROM {table.name} ORDER BY {order}"))
             found[table.name] = [repr(tuple(row)) for row in rows]
         return found

@@ -30,6 +30,7 @@ from envs.chat.world import make_problem
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 QUESTION = [{"role": "user", "content": "Tom has 3 apples and buys 4 more. How many apples does Tom have?"}]
+TURNS_WAITING = 64
 TOOL = {
     "type": "function",
     "function": {
@@ -239,19 +240,29 @@ def test_status_command_shows_versions_and_buffer(server: Server):
 # -- learning ----------------------------------------------------------------------------------------------------------
 
 
-async def converse(client: openai.AsyncOpenAI, num: int, concurrency: int, seed: int) -> list[Any]:
-    gate = asyncio.Semaphore(concurrency)
+async def converse(server: Server, num: int, concurrency: int, seed: int) -> list[Any]:
+    """Conversations side by side, no more of them than judge and trainer keep up with: people are slower than these."""
+    client, gate = server.async_client(), asyncio.Semaphore(concurrency)
+
+    async def keep_up() -> None:
+        while True:
+            status = await asyncio.to_thread(server.status)
+            counts = status["journal"]
+            if counts["next_states"] - counts["judgements"] + status["buffer"]["size"] < TURNS_WAITING:
+                return
+            await asyncio.sleep(0.5)
 
     async def one(index: int) -> Any:
         user = SimulatedUser("student", random.Random(f"{seed}-{index}"))
         async with gate:
+            await keep_up()
             return await hold_conversation(client, "clawrl", user, None, f"e2e-{seed}-{index}", max_turns=3)
 
     return await asyncio.gather(*(one(index) for index in range(num)))
 
 
 def test_a_conversation_is_paired_judged_and_sampled(server: Server):
-    (conversation,) = asyncio.run(converse(server.async_client(), 1, 1, seed=11))
+    (conversation,) = asyncio.run(converse(server, 1, 1, seed=11))
     assert len(conversation.exchanges) >= 2
     store = server.journal()
     last = store.last_turn("local", conversation.session)
@@ -275,7 +286,7 @@ def test_hybrid_learns_while_it_serves(server: Server):
     rng = random.Random(5)
     problems = [make_problem(rng, "heldout") for _ in range(100)]
     before = asyncio.run(evaluate(server.async_client(), "clawrl", "student", problems))
-    conversations = asyncio.run(converse(server.async_client(), 220, 12, seed=3))
+    conversations = asyncio.run(converse(server, 280, 12, seed=3))
     server.wait_for("versions", lambda: server.status()["journal"]["versions"] >= 8, timeout_s=180)
     server.wait_for("a quiet trainer", lambda: server.status()["buffer"]["size"] < 32, timeout_s=60)
     time.sleep(3)
@@ -318,7 +329,7 @@ def clawrl(server: Server, *words: str) -> str:
 
 def test_a_rollback_fails_no_request_and_training_goes_on_from_there(server: Server):
     async def talk_and_roll_back() -> tuple[list[Any], str]:
-        talking = asyncio.create_task(converse(server.async_client(), 60, 16, seed=21))
+        talking = asyncio.create_task(converse(server, 60, 16, seed=21))
         await asyncio.sleep(3)
         said = await asyncio.to_thread(clawrl, server, "rollback", "--reason", "a test")
         return await talking, said

@@ -25,6 +25,7 @@ from rich.table import Table
 from jobs.chaos.audit import Audit, audit
 from jobs.chaos.faults import FAULTS, Fault, small_disk
 from jobs.chaos.load import Load
+from jobs.chaos.postgres import Postgres, private_server
 from jobs.chaos.target import Target
 
 USERS = 16
@@ -47,6 +48,10 @@ class Outcome:
     version_after: int | None
     errors: list[str] = field(default_factory=list)
 
+    @classmethod
+    def not_done(cls, fault: Fault, error: Exception) -> Outcome:
+        return cls(fault.name, None, None, 0, 0, 0, fault.survivor, 0, None, [f"{type(error).__name__}: {error}"])
+
     @property
     def held(self) -> bool:
         back = self.chat_back_s is not None and self.loop_back_s is not None
@@ -60,8 +65,7 @@ async def strike(fault: Fault, target: Target, load: Load) -> Outcome:
         raise RuntimeError(f"the system is not whole before {fault.name!r}: no weight version is served")
     first = len(load.requests)
     struck = await asyncio.to_thread(fault.strike, target)
-    done = time.time()
-    head = await _head(target, done)
+    head = await _head(target)
     after = await _served(target, beyond=before if head is None else head)
     loop_back = time.time() if after is not None else None
     seen = load.requests[first:]
@@ -92,7 +96,7 @@ async def _served(target: Target, beyond: int) -> int | None:
     return None
 
 
-async def _head(target: Target, since: float) -> int | None:
+async def _head(target: Target) -> int | None:
     """The newest version of the moment after the fault; later ones are made after it."""
     deadline = time.monotonic() + BACK_S
     while time.monotonic() < deadline:
@@ -103,12 +107,14 @@ async def _head(target: Target, since: float) -> int | None:
     return None
 
 
-async def run(names: Sequence[str], folder: Path, journal: str | None) -> tuple[list[Outcome], dict[str, Audit]]:
+async def run(names: Sequence[str], folder: Path, database: Postgres | None) -> tuple[list[Outcome], dict[str, Audit]]:
     """The faults on one shared system, then those that need one of their own; each system is audited at its end."""
     outcomes: list[Outcome] = []
     audits: dict[str, Audit] = {}
-    shared = [FAULTS[name] for name in names if not (FAULTS[name].overrides or FAULTS[name].small_disk)]
-    for group in [shared, *([FAULTS[name]] for name in names if FAULTS[name] not in shared)]:
+    kind = "sqlite" if database is None else "postgresql"
+    faults = [FAULTS[name] for name in names if FAULTS[name].database in (None, kind)]
+    shared = [fault for fault in faults if not fault.alone]
+    for group in [shared, *([fault] for fault in faults if fault.alone)]:
         if not group:
             continue
         name = "shared system" if group is shared else group[0].name
@@ -116,14 +122,14 @@ async def run(names: Sequence[str], folder: Path, journal: str | None) -> tuple[
             root = folder / name.replace(" ", "-")
             if group[0].small_disk:
                 stack.enter_context(small_disk(root))
-            target = Target(root, [*group[0].overrides, *([] if journal is None else [f"journal.url={journal}"])])
-            found, checked = await _on_one_system(group, target, journal)
+            target = Target(root, group[0].overrides, database)
+            found, checked = await _on_one_system(group, target)
         outcomes += found
         audits[name] = checked
     return outcomes, audits
 
 
-async def _on_one_system(group: Sequence[Fault], target: Target, journal: str | None) -> tuple[list[Outcome], Audit]:
+async def _on_one_system(group: Sequence[Fault], target: Target) -> tuple[list[Outcome], Audit]:
     outcomes = []
     console.print(f"chaos: starting a system in {target.run_root}")
     await asyncio.to_thread(target.start)
@@ -132,10 +138,12 @@ async def _on_one_system(group: Sequence[Fault], target: Target, journal: str | 
             await _served(target, beyond=0)
             for fault in group:
                 console.print(f"chaos: {fault.name} …")
-                outcomes.append(await strike(fault, target, load))
+                try:
+                    outcomes.append(await strike(fault, target, load))
+                except Exception as error:  # one that could not be done is told, the others go on
+                    outcomes.append(Outcome.not_done(fault, error))
                 console.print(f"chaos: {_told(outcomes[-1])}")
-        url = journal or f"sqlite:///{target.run_directory / 'journal.sqlite'}"
-        checked = await asyncio.to_thread(audit, url, load.acknowledged)
+        checked = await asyncio.to_thread(audit, target.journal, load.acknowledged)
     finally:
         await asyncio.to_thread(target.stop)
     return outcomes, checked
@@ -169,17 +177,19 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit code 1 when something was lost, trained twice, refused while it could be served, or did not heal."""
     parser = argparse.ArgumentParser(prog="python -m jobs.chaos", description=__doc__)
     parser.add_argument("--only", action="append", choices=sorted(FAULTS), metavar="NAME", help=", ".join(FAULTS))
-    parser.add_argument("--journal", metavar="URL", help="an empty database (default: SQLite in the run directory)")
+    parser.add_argument("--database", choices=("sqlite", "postgresql"), default="sqlite", help="a private server's")
     parser.add_argument("--folder", type=Path, default=Path("runs/chaos"), help="default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     folder = options.folder / time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    outcomes, audits = asyncio.run(run(options.only or list(FAULTS), folder.resolve(), options.journal))
+    with ExitStack() as stack:
+        database = stack.enter_context(private_server()) if options.database == "postgresql" else None
+        outcomes, audits = asyncio.run(run(options.only or list(FAULTS), folder.resolve(), database))
     console.print(show(outcomes, audits))
     if options.json:
         found: dict[str, Any] = {
             "users": USERS,
-            "journal": "sqlite" if options.journal is None else options.journal.split(":")[0],
+            "database": options.database,
             "faults": [asdict(one) for one in outcomes],
             "audits": {name: asdict(one) for name, one in audits.items()},
         }

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from jobs.chaos.target import Target
 
@@ -26,6 +27,12 @@ class Fault:
     survivor: bool = True
     overrides: tuple[str, ...] = ()  # of a system of its own
     small_disk: bool = False
+    database: Literal["sqlite", "postgresql"] | None = None  # the only one it means something for
+
+    @property
+    def alone(self) -> bool:
+        """Whether it needs a system of its own."""
+        return bool(self.overrides) or self.small_disk
 
 
 def kill(part: str, index: int = 0) -> Callable[[Target], float]:
@@ -55,6 +62,16 @@ def tear_last_page(target: Target) -> float:
     with wal.open("ab") as file:
         file.write(os.urandom(2048))
     target.start()
+    return struck
+
+
+def restart_database(target: Target) -> float:
+    """PostgreSQL crashes (SIGQUIT: every connection cut, no clean shutdown) and starts again two seconds later."""
+    assert target.database is not None
+    target.database.stop(signal.SIGQUIT)
+    struck = time.time()
+    time.sleep(2)
+    target.database.start()
     return struck
 
 
@@ -110,10 +127,11 @@ FAULTS = {
         Fault("trainer rank 0", kill("RayTrainWorker", 0)),
         Fault("trainer rank 1", kill("RayTrainWorker", 1)),
         Fault("train controller", kill("TrainController")),
-        Fault("serve controller", kill("ServeController")),
+        Fault("serve controller", kill("ray::ServeController")),
         Fault("application", kill_application, survivor=False),
-        Fault("torn last page", tear_last_page, survivor=False),
+        Fault("torn last page", tear_last_page, survivor=False, database="sqlite"),
+        Fault("database restart", restart_database, database="postgresql"),
         Fault("judge hangs", hang_judge, overrides=("judge.timeout_s=5",)),
-        Fault("disk full", fill_disk, survivor=False, small_disk=True),
+        Fault("disk full", fill_disk, survivor=False, small_disk=True, database="sqlite"),
     )
 }

@@ -5,7 +5,6 @@ Knows the command line and `/status`. Ends only what it started.
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -19,6 +18,7 @@ import httpx
 import psutil
 
 from jobs.bench.processes import role
+from jobs.chaos.postgres import Postgres
 
 READY_S = 240.0
 OVERRIDES = ("gateway.replicas=2", "buffer.batch_size=8", "trainer.learning_rate=1e-4")
@@ -28,16 +28,23 @@ OVERRIDES = ("gateway.replicas=2", "buffer.batch_size=8", "trainer.learning_rate
 class Target:
     """One system on `run_root`; `start` again goes on with the same run."""
 
-    def __init__(self, run_root: Path, overrides: Sequence[str], environment: dict[str, str] | None = None) -> None:
-        self.run_root, self._overrides = run_root, [*OVERRIDES, *overrides]
+    def __init__(self, run_root: Path, overrides: Sequence[str], database: Postgres | None = None) -> None:
+        """With a `database` the journal is in a schema of its own there, else in the run's folder."""
+        self.run_root, self.database = run_root, database
+        self._journal = None if database is None else database.fresh()
+        self._overrides = [*OVERRIDES, *overrides, *([] if database is None else [f"journal.url={self._journal}"])]
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._environment = environment or {}
         self._process: subprocess.Popen | None = None
 
     @property
     def run_directory(self) -> Path:
         return (self.run_root / "latest").resolve()
+
+    @property
+    def journal(self) -> str:
+        """SQLAlchemy's URL of the run's journal."""
+        return self._journal or f"sqlite:///{self.run_directory / 'journal.sqlite'}"
 
     def start(self) -> None:
         """`clawrl serve`; returns when chat is served. Raises RuntimeError with the end of its log if it is not."""
@@ -46,9 +53,7 @@ class Target:
         command += [f"run_root={self.run_root}", *self._overrides]
         log = self.run_root.parent / f"{self.run_root.name}.log"
         with log.open("a") as out:
-            self._process = subprocess.Popen(
-                command, stdout=out, stderr=out, start_new_session=True, env={**os.environ, **self._environment}
-            )
+            self._process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
         deadline = time.monotonic() + READY_S
         while not self.healthy():
             if self._process.poll() is not None or time.monotonic() > deadline:
@@ -76,9 +81,15 @@ class Target:
         return [name for process, name in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
     def processes(self, part: str) -> list[psutil.Process]:
-        """The processes of a part (see `bench.processes.role`), oldest first."""
+        """The processes of a part (see `bench.processes.role`) or with a title that begins so, oldest first."""
         assert self._process is not None
-        found = [process for process, name in _family(self._process.pid) if name == part]
+        found = [
+            process
+            for process, name in _family(self._process.pid)
+            if name == part or (process.is_running() and " ".join(process.cmdline()).startswith(part))
+        ]
+        if not found:
+            raise RuntimeError(f"no process of {part!r} runs")
         return sorted(found, key=lambda process: process.create_time())
 
     def healthy(self) -> bool:

@@ -1,0 +1,94 @@
+"""A private PostgreSQL for tests and fault injection: its own folder, a socket file, nothing of the machine's touched."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from glob import glob
+from pathlib import Path
+
+from sqlalchemy import create_engine, text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.pool import NullPool
+
+
+def binaries() -> str | None:
+    """The folder of PostgreSQL's programs on this machine."""
+    found = shutil.which("initdb") or next(iter(sorted(glob("/usr/lib/postgresql/*/bin/initdb"))[::-1]), None)
+    return None if found is None else str(Path(found).resolve().parent)
+
+
+@contextmanager
+def private_server() -> Iterator[Postgres]:
+    """A running server in a temporary folder. Raises FileNotFoundError where PostgreSQL is not installed."""
+    programs = binaries()
+    if programs is None:
+        raise FileNotFoundError("no PostgreSQL here: no initdb in PATH; install Debian's `postgresql`")
+    folder = Path(tempfile.mkdtemp(prefix="clawrl-pg-"))
+    try:
+        server = Postgres(programs, folder)
+        server.start()
+        yield server
+        server.stop()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Postgres:
+    """A server that listens on a socket file in a temporary folder, and its schemas, one per test."""
+
+    def __init__(self, binaries: str, folder: Path) -> None:
+        self._binaries, self._folder = binaries, folder
+        self._as = []  # the server refuses to run as root
+        if os.getuid() == 0:
+            user = pwd.getpwnam("postgres")
+            os.chown(folder, user.pw_uid, user.pw_gid)
+            self._as = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
+        self._url = f"postgresql+psycopg://clawrl@/postgres?host={folder}"
+        self._engine = create_engine(self._url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+        self._schemas = itertools.count()
+        options = "--auth=trust --username=clawrl --encoding=UTF8 --locale=C --no-sync"
+        self._run("initdb", *options.split(), "--pgdata", str(folder / "data")).check_returncode()
+
+    def _run(self, program: str, *arguments: str) -> subprocess.CompletedProcess:
+        command = [*self._as, f"{self._binaries}/{program}", *arguments]
+        return subprocess.run(command, cwd=self._folder, capture_output=True, text=True, timeout=60)
+
+    def start(self) -> None:
+        command = [*self._as, f"{self._binaries}/postgres", "-D", str(self._folder / "data"), "-k", str(self._folder)]
+        for setting in ("listen_addresses=", "fsync=off", "max_connections=50", "shared_buffers=16MB"):
+            command += ["-c", setting]
+        with (self._folder / "log").open("a") as log:
+            self._process = subprocess.Popen(command, cwd=self._folder, stdout=log, stderr=log)
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                return self._execute("SELECT 1")
+            except OperationalError:
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    log = (self._folder / "log").read_text()[-2000:]
+                    raise RuntimeError(f"PostgreSQL did not start:\n{log}") from None
+            time.sleep(0.05)
+
+    def stop(self, number: signal.Signals = signal.SIGINT) -> None:
+        """SIGINT disconnects everybody and shuts down; SIGQUIT is a crash."""
+        self._process.send_signal(number)
+        self._process.wait(30)
+
+    def fresh(self) -> str:
+        """URL of an empty schema."""
+        name = f"t{next(self._schemas)}"
+        self._execute(f"CREATE SCHEMA {name}")
+        return f"{self._url}&options=-csearch_path%3D{name}"
+
+    def _execute(self, statement: str) -> None:
+        with self._engine.connect() as connection:
+            connection.execute(text(statement))

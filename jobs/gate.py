@@ -35,10 +35,14 @@ from jobs.report import BLUE, GREEN, GREY, FirstReply, change_interval, rolling,
 
 POISONED_UPDATES = 5
 MIN_GAIN, MAX_LOSS = 0.2, 0.05
-SETTINGS = ("run=new", "gate.held_out_share=0.2", "versions.keep=20", "chat.evaluation_problems=300")
+HEALTHY = 0.45
+"""Conversations before the poison: the policy is in the middle of its learning, where a wrong sign does most harm."""
+SETTINGS = (
+    "run=new", "gate.held_out_share=0.2", "gate.size=128", "versions.keep=20", "chat.evaluation_problems=300",
+)  # fmt: skip
 """A run of minutes has few turns: more of them are held out, and the way back may be longer than the kept versions."""
 CONVERSATIONS = {
-    "poisoned": ["chat.conversations=640"],
+    "poisoned": ["chat.conversations=600"],
     "honest": ["chat.conversations=360"],
     "reckless": ["chat.conversations=340"],
 }
@@ -135,8 +139,8 @@ def poisoned(config: Config, seeds: int) -> tuple[list[Outcome], list[str]]:
     outcome = run("poisoned", config, PoisonedSystem, _poison_later)
     before, after = outcome.measured["before the poison"], outcome.measured["at the end"]
     found = _common(outcome)
-    if before.score - outcome.measured["at the start"].score < MIN_GAIN:
-        found.append(f"the score had not risen by {MIN_GAIN} before the poison: {before.score:.2f}")
+    if before.score - outcome.measured["at the start"].score < MIN_GAIN / 2:
+        found.append(f"the score had not risen by {MIN_GAIN / 2} before the poison: {before.score:.2f}")
     if not outcome.stopped:
         found.append("no version was rejected or taken back: the poison went unnoticed")
     for what in ("score", "correct"):
@@ -232,9 +236,9 @@ async def _talk(stage: Stage) -> None:
 
 
 async def _poison_later(stage: Stage) -> None:
-    """Three fifths of the conversations as they are, then poison for 5 updates' worth of samples among the rest."""
+    """Some conversations as they are, then poison for 5 updates' worth of samples among the rest."""
     number = stage.config.chat.conversations
-    healthy = number * 3 // 5
+    healthy = int(number * HEALTHY)
     await stage.talk(range(healthy))
     await stage.drain()
     await stage.measure("before the poison")

@@ -37,7 +37,7 @@ def audit(url: str, acknowledged: Sequence[str]) -> Audit:
         learnt = {
             number: json.loads(ids) for number, ids in connection.execute(select(VERSIONS.c.number, VERSIONS.c.samples))
         }
-        consumed = dict(connection.execute(select(CONSUMPTIONS)))
+        consumed = {row.sample: row.version for row in connection.execute(select(CONSUMPTIONS))}
         rejected = set(connection.scalars(select(EVENTS.c.version).where(EVENTS.c.state == "rejected")))
     engine.dispose()
     uses = Counter(sample for ids in learnt.values() for sample in ids)

@@ -16,6 +16,8 @@ import aiohttp
 
 FOLLOW_UPS = ("Please just give me the answer.", "No, that is wrong.", "Too long. Only the number, please.", "Thanks!")
 REPLY_TOKENS = 64
+THINKING_S = 1.5
+"""Between a reply and the user's next message, in the mean; without it 16 users are more than two cores can judge."""
 PAUSE_S = 0.2
 PATIENCE_S = 120.0
 
@@ -69,6 +71,7 @@ class Load:
                         {"role": "assistant", "content": reply},
                         {"role": "user", "content": rng.choice(FOLLOW_UPS)},
                     ]
+                    await asyncio.sleep(rng.uniform(0, 2 * THINKING_S))
 
     async def _ask(self, http: aiohttp.ClientSession, messages: list[dict[str, str]], session: str) -> str | None:
         body = {"messages": messages, "stream": True, "max_tokens": REPLY_TOKENS}

@@ -1,4 +1,4 @@
-"""A private PostgreSQL for tests and fault injection: its own folder, a socket file, nothing of the machine's touched."""
+"""A private PostgreSQL for tests and fault injection: its own folder and socket, nothing of the machine is touched."""
 
 from __future__ import annotations
 

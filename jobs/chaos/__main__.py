@@ -68,6 +68,7 @@ async def strike(fault: Fault, target: Target, load: Load) -> Outcome:
     head = await _head(target)
     after = await _served(target, beyond=before if head is None else head)
     loop_back = time.time() if after is not None else None
+    await _acknowledged(load, first, struck)
     seen = load.requests[first:]
     back = [request.ended for request in seen if request.error is None and request.started > struck]
     failed = [request for request in seen if request.error is not None]
@@ -83,6 +84,15 @@ async def strike(fault: Fault, target: Target, load: Load) -> Outcome:
         version_after=after,
         errors=sorted({str(request.error)[:160] for request in failed}),
     )
+
+
+async def _acknowledged(load: Load, first: int, since: float) -> None:
+    """Return when a request begun after the fault was acknowledged, or too late."""
+    deadline = time.monotonic() + BACK_S
+    while time.monotonic() < deadline:
+        if any(request.error is None and request.started > since for request in load.requests[first:]):
+            return
+        await asyncio.sleep(0.1)
 
 
 async def _served(target: Target, beyond: int) -> int | None:

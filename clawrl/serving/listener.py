@@ -19,6 +19,8 @@ import uvicorn
 
 BACKLOG = 2048
 STOP_S = 4.0
+KEEP_ALIVE_S = 75
+"""Longer than clients keep idle connections, so that none sends its next request into one that is being closed."""
 Result = TypeVar("Result")
 
 
@@ -36,6 +38,7 @@ class Listener:
             log_config=None,
             log_level="warning",
             timeout_graceful_shutdown=int(STOP_S),
+            timeout_keep_alive=KEEP_ALIVE_S,
             server_header=False,
         )
         self._server = _Server(config)

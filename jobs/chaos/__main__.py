@@ -2,8 +2,9 @@
 
     load on ─► whole? ─► strike ─► chat back, loop back ─► next fault … ─► load off ─► audit of the journal
 
-A fault is over when a request begun after it was acknowledged (chat back) and a weight version made after it is served
-(loop back): gateway, policy, journal, collector, judge, buffer, trainer and weight store have then all done their part.
+A fault is over when a request begun after it was acknowledged (chat back), a batch of turns was judged after it, and a
+weight version made after it is served (loop back): gateway, policy, journal, collector, judge, buffer, trainer and
+weight store have then all done their part.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from jobs.chaos.audit import Audit, audit
 from jobs.chaos.faults import FAULTS, Fault, small_disk
 from jobs.chaos.load import Load
 from jobs.chaos.postgres import Postgres, private_server
-from jobs.chaos.target import Target
+from jobs.chaos.target import BATCH, Target
 
 USERS = 16
 BACK_S = 240.0
@@ -60,13 +61,13 @@ class Outcome:
 
 async def strike(fault: Fault, target: Target, load: Load) -> Outcome:
     """Do it to a whole system and wait until it is whole again."""
-    before = await _served(target, beyond=-1)
+    before = await _whole(target, beyond=-1)
     if before is None:
         raise RuntimeError(f"the system is not whole before {fault.name!r}: no weight version is served")
     first = len(load.requests)
     struck = await asyncio.to_thread(fault.strike, target)
-    head = await _head(target)
-    after = await _served(target, beyond=before if head is None else head)
+    then = await _answering(target)
+    after = None if then is None else await _whole(target, beyond=then["versions"]["head"], judged=_judged(then))
     loop_back = time.time() if after is not None else None
     await _acknowledged(load, first, struck)
     seen = load.requests[first:]
@@ -86,6 +87,36 @@ async def strike(fault: Fault, target: Target, load: Load) -> Outcome:
     )
 
 
+async def _whole(target: Target, beyond: int, judged: int | None = None) -> int | None:
+    """The version served, once it is newer than `beyond` and a batch was judged since `judged`; None: too late.
+
+    A version alone could be made of samples that had waited; an abstention is no judgement.
+    """
+    deadline = time.monotonic() + BACK_S
+    while time.monotonic() < deadline:
+        status = await asyncio.to_thread(target.status)
+        if status is not None and status["policy"]["version"] > beyond:
+            if judged is None or _judged(status) >= judged + BATCH:
+                return status["policy"]["version"]
+        await asyncio.sleep(0.3)
+    return None
+
+
+async def _answering(target: Target) -> dict[str, Any] | None:
+    """The first status after the fault."""
+    deadline = time.monotonic() + BACK_S
+    while time.monotonic() < deadline:
+        status = await asyncio.to_thread(target.status)
+        if status is not None:
+            return status
+        await asyncio.sleep(0.2)
+    return None
+
+
+def _judged(status: dict[str, Any]) -> int:
+    return status["journal"]["judgements"] - status["journal"]["abstentions"]
+
+
 async def _acknowledged(load: Load, first: int, since: float) -> None:
     """Return when a request begun after the fault was acknowledged, or too late."""
     deadline = time.monotonic() + BACK_S
@@ -93,28 +124,6 @@ async def _acknowledged(load: Load, first: int, since: float) -> None:
         if any(request.error is None and request.started > since for request in load.requests[first:]):
             return
         await asyncio.sleep(0.1)
-
-
-async def _served(target: Target, beyond: int) -> int | None:
-    """The version the policy serves, as soon as it is newer than `beyond` and everything answers; None: too late."""
-    deadline = time.monotonic() + BACK_S
-    while time.monotonic() < deadline:
-        status = await asyncio.to_thread(target.status)
-        if status is not None and status["policy"]["version"] > beyond:
-            return status["policy"]["version"]
-        await asyncio.sleep(0.3)
-    return None
-
-
-async def _head(target: Target) -> int | None:
-    """The newest version of the moment after the fault; later ones are made after it."""
-    deadline = time.monotonic() + BACK_S
-    while time.monotonic() < deadline:
-        status = await asyncio.to_thread(target.status)
-        if status is not None:
-            return status["versions"]["head"]
-        await asyncio.sleep(0.2)
-    return None
 
 
 async def run(names: Sequence[str], folder: Path, database: Postgres | None) -> tuple[list[Outcome], dict[str, Audit]]:
@@ -145,7 +154,7 @@ async def _on_one_system(group: Sequence[Fault], target: Target) -> tuple[list[O
     await asyncio.to_thread(target.start)
     try:
         async with Load(f"{target.url}/v1", USERS) as load:
-            await _served(target, beyond=0)
+            await _whole(target, beyond=0)
             for fault in group:
                 console.print(f"chaos: {fault.name} …")
                 try:

@@ -21,7 +21,8 @@ from jobs.bench.processes import role
 from jobs.chaos.postgres import Postgres
 
 READY_S = 240.0
-OVERRIDES = ("gateway.replicas=2", "buffer.batch_size=8", "trainer.learning_rate=1e-4")
+BATCH = 8
+OVERRIDES = ("gateway.replicas=2", f"buffer.batch_size={BATCH}", "trainer.learning_rate=1e-4")
 """Two doors, so that a request has somewhere to go when one dies; small batches, so that versions come quickly."""
 
 

@@ -95,9 +95,12 @@ async def _whole(target: Target, beyond: int, judged: int | None = None) -> int 
     deadline = time.monotonic() + BACK_S
     while time.monotonic() < deadline:
         status = await asyncio.to_thread(target.status)
-        if status is not None and status["policy"]["version"] > beyond:
-            if judged is None or _judged(status) >= judged + BATCH:
-                return status["policy"]["version"]
+        if (
+            status is not None
+            and status["policy"]["version"] > beyond
+            and (judged is None or _judged(status) >= judged + BATCH)
+        ):
+            return status["policy"]["version"]
         await asyncio.sleep(0.3)
     return None
 
@@ -176,20 +179,57 @@ def _told(outcome: Outcome) -> str:
     )
 
 
-def show(outcomes: Sequence[Outcome], audits: dict[str, Audit]) -> Table:
+COLUMNS = (
+    "fault",
+    "chat back s",
+    "whole loop back s",
+    "acknowledged",
+    "failed in flight",
+    "failed later",
+    "version",
+    "",
+)
+
+
+def rows(outcomes: Sequence[Outcome]) -> list[list[str]]:
+    """The table's cells; failures that nothing of the killed kind could have prevented stand in brackets."""
+    return [
+        [
+            one.fault,
+            *map(str, (one.chat_back_s, one.loop_back_s, one.acknowledged, one.failed_in_flight)),
+            str(one.failed_later) if one.survivor else f"({one.failed_later})",
+            f"{one.version_before} → {one.version_after}",
+            "held" if one.held else "NOT HELD",
+        ]
+        for one in outcomes
+    ]
+
+
+def audited(audits: dict[str, Audit]) -> list[str]:
+    """A line for each system's journal."""
+    return [
+        f"{name}: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in asdict(found).items())
+        for name, found in audits.items()
+    ]
+
+
+def markdown(outcomes: Sequence[Outcome], audits: dict[str, Audit]) -> str:
+    """The table for the docs."""
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows(outcomes)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table + "\n\n" + "\n".join(f"- audit of {line}" for line in audited(audits)) + "\n"
+
+
+def show(outcomes: Sequence[Outcome], audits: dict[str, Audit]) -> None:
     table = Table(title="What a fault costs", title_justify="left")
-    for column in (
-        "fault", "chat back s", "whole loop back s", "acknowledged", "failed in flight", "failed later", "version", "",
-    ):  # fmt: skip
+    for column in COLUMNS:
         table.add_column(column)
-    for one in outcomes:
-        later = str(one.failed_later) if one.survivor else f"({one.failed_later})"
-        versions = f"{one.version_before} → {one.version_after}"
-        cells = [one.fault, one.chat_back_s, one.loop_back_s, one.acknowledged, one.failed_in_flight, later, versions]
-        table.add_row(*map(str, cells), "held" if one.held else "NOT HELD")
-    for name, found in audits.items():
-        table.add_row(f"audit: {name}", *[""] * 6, ", ".join(f"{key} {value}" for key, value in asdict(found).items()))
-    return table
+    for row in rows(outcomes):
+        table.add_row(*row)
+    wide = Console(highlight=False, width=max(140, console.width))
+    wide.print(table)
+    for line in audited(audits):
+        wide.print(f"audit of {line}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -198,13 +238,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", action="append", choices=sorted(FAULTS), metavar="NAME", help=", ".join(FAULTS))
     parser.add_argument("--database", choices=("sqlite", "postgresql"), default="sqlite", help="a private server's")
     parser.add_argument("--folder", type=Path, default=Path("runs/chaos"), help="default: %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="and the table beside it (.md)")
     options = parser.parse_args(arguments)
     folder = options.folder / time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     with ExitStack() as stack:
         database = stack.enter_context(private_server()) if options.database == "postgresql" else None
         outcomes, audits = asyncio.run(run(options.only or list(FAULTS), folder.resolve(), database))
-    console.print(show(outcomes, audits))
+    show(outcomes, audits)
     if options.json:
         found: dict[str, Any] = {
             "users": USERS,
@@ -212,6 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
             "faults": [asdict(one) for one in outcomes],
             "audits": {name: asdict(one) for name, one in audits.items()},
         }
+        options.json.with_suffix(".md").write_text(markdown(outcomes, audits))
         options.json.write_text(json.dumps(found, indent=2) + "\n")
     clean = all(
         one.acknowledged_lost == 0 and one.trained_twice == 0 and one.consumed_by_none == 0 for one in audits.values()

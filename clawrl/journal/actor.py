@@ -169,11 +169,16 @@ class Journal:
         return await self._read(self._store.content, user, session)
 
     async def erase(self, record: Erasure, others: Sequence[VersionEvent | Pin]) -> None:
-        """Delete a user's or session's content and wipe it from disk; what rejected versions consumed is free again.
+        """Delete a user's or session's content; what rejected versions consumed is free again.
 
-        Appends wait while the database is rewritten.
+        Its bytes are on disk until `scrub`.
         """
         await self._commit(self._store.erasing(record, others), frozenset({Consent, Erasure, Sample, VersionEvent}))
+        await asyncio.to_thread(self._store.recount)
+
+    async def scrub(self) -> None:
+        """Wipe from disk whatever was deleted, now or before; appends wait while the database is rewritten."""
+        self._require_open()
         await asyncio.get_running_loop().run_in_executor(self._writer, self._store.scrub)
 
     async def versions(self) -> list[WeightVersion]:

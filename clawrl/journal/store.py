@@ -404,14 +404,13 @@ class JournalStore(JournalReader):
         self.write(self.taking_word(consent))
 
     def erase(self, record: Erasure, others: Sequence[VersionEvent | Pin] = ()) -> None:
-        """Delete a user's or session's content for good, on disk too; see `erasing`."""
+        """Delete a user's or session's content, see `erasing`; its bytes are on disk until `scrub`."""
         self.write(self.erasing(record, others))
-        self.scrub()
+        self.recount()
 
     def scrub(self) -> None:
-        """Leave nothing of what was deleted in the database's files; nobody writes meanwhile."""
-        self.recount()
-        with refusing(f"journal {self.name} still holds deleted bytes; forget again"):
+        """Leave nothing of what was deleted in the database's files; nobody writes meanwhile. May be repeated."""
+        with refusing(f"journal {self.name} cannot be rewritten"):
             self.database.scrub()
 
     def commit(self, writes: list[Write]) -> list[JournalError | None]:

@@ -32,8 +32,8 @@ class Plan:
         """What the journal takes in the same transaction; a pin holds nothing that is deleted."""
         return (*self.events, *(Pin(number, False, self.erasure.at) for number in self.pinned))
 
-    def told(self, *, done: bool) -> dict[str, Any]:
-        """The plan for JSON: what was done, or would be."""
+    def told(self, *, done: bool, unwiped: str | None = None) -> dict[str, Any]:
+        """The plan for JSON: what was done, or would be; `unwiped` says why deleted bytes are on disk still."""
         rejected = [event.version for event in self.events if event.state == "rejected"]
         return {
             "user": self.erasure.user,
@@ -45,6 +45,7 @@ class Plan:
             "rejected": rejected,
             "checkpoints": list(self.checkpoints),
             "pinned": list(self.pinned),
+            "unwiped": unwiped,
             "done": done,
         }
 

@@ -164,6 +164,7 @@ class TestErasure:
 
         assert all(map(found, needles)), "or the test could not fail"
         store.erase(erasure())
+        store.scrub()
         assert not any(map(found, needles))
         assert found(b"other words")
         assert store.turn("b") is not None

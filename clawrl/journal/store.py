@@ -346,7 +346,10 @@ class JournalStore(JournalReader):
 
         def write(connection: Connection) -> None:
             for table, several in rows.items():
-                if admitted := erasure.admitted(connection, table, several):
+                admitted = erasure.admitted(connection, table, several)
+                if table is TURNS:
+                    admitted = _keyed_once(connection, admitted)
+                if admitted:
                     connection.execute(insert_new(connection, table.table), admitted)
             queues.follow(connection, records)
 
@@ -473,3 +476,15 @@ class JournalStore(JournalReader):
         """Give space of deleted rows back to the file system."""
         with refusing(f"journal {self.name} cannot shrink"):
             self.database.shrink()
+
+
+def _keyed_once(connection: Connection, turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The turns, without a key that another one has: both were answered, so both are kept."""
+    keys = {turn["key"] for turn in turns} - {None}
+    if not keys:
+        return turns
+    holders = dict(connection.execute(select(TURNS.c.key, TURNS.c.id).where(TURNS.c.key.in_(keys))).all())
+    return [
+        {**turn, "key": turn["key"] if holders.setdefault(turn["key"], turn["id"]) == turn["id"] else None}
+        for turn in turns
+    ]

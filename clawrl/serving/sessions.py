@@ -63,7 +63,7 @@ def identify(headers: Mapping[str, str], body: Mapping[str, Any]) -> Identity:
         kind=kind,
         source=headers.get("x-source", "chat"),
         group=headers.get("x-group"),
-        key=None if key is None else f"{user}:{key}",
+        key=None if key is None else json.dumps([user, key]),
         opts_out=train == "no",
         retried=headers.get("x-stainless-retry-count", "0") != "0",
     )

@@ -417,8 +417,18 @@ class TestRepeatedRequests:
         found = store.keyed_turn("ann:k")
         assert found is not None
         assert found.id == "one"
-        assert store.turn("two") is None
         assert store.keyed_turn("ann:other") is None
+
+    def test_a_turn_whose_key_another_has_is_kept_without_it(self, store):
+        store.append(turn("one", key="k"))
+        store.append(turn("two", key="k"), turn("three", key="l"), turn("four", key="l"), turn("five"))
+        store.append(turn("two", key="k"), turn("one", key="k"))
+        keys = rows(store, "SELECT id, key FROM turns ORDER BY seq")
+        assert keys == [("one", "k"), ("two", None), ("three", "l"), ("four", None), ("five", None)]
+
+    def test_two_in_one_commit(self, store):
+        assert store.commit([store.appending(turn(id, key="k")) for id in "ab"]) == [None, None]
+        assert rows(store, "SELECT id, key FROM turns ORDER BY seq") == [("a", "k"), ("b", None)]
 
 
 class TestOpening:

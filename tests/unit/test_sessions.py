@@ -85,3 +85,7 @@ def test_an_idempotency_key_belongs_to_its_user():
     assert identify({}, {}).key is None
     mine, yours = (identify({"idempotency-key": "k"}, {"user": user}).key for user in ("ann", "bob"))
     assert mine != yours
+    assert (
+        identify({"idempotency-key": "c"}, {"user": "a:b"}).key
+        != identify({"idempotency-key": "b:c"}, {"user": "a"}).key
+    )

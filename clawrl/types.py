@@ -76,7 +76,7 @@ class Turn:
     capture: Capture
     started: float  # seconds since the epoch
     ended: float
-    request: str = ""  # digest of the request's messages: the same request again is the same turn
+    request: str = ""  # digest of the request's prompt: the same request again is the same turn
     key: str | None = None  # the client's idempotency key, by user; None too if another turn had it before
 
 

@@ -34,6 +34,7 @@ from clawrl.types import (
     Sample,
     Swap,
     Turn,
+    TurnKind,
     VersionEvent,
     WeightVersion,
 )
@@ -103,12 +104,24 @@ class Journal:
         return await self._read(self._store.last_turn, user, session)
 
     async def keyed_turn(self, key: str) -> Turn | None:
-        """The turn with this idempotency key."""
+        """The turn with this idempotency key, unless it was withdrawn."""
         return await self._read(self._store.keyed_turn, key)
 
-    async def repeated_turn(self, user: str, request: str, since: float) -> Turn | None:
-        """The user's newest turn started since then whose request had this digest, if nothing has followed it yet."""
-        return await self._read(self._store.repeated_turn, user, request, since)
+    async def repeated_turn(
+        self,
+        user: str,
+        request: str,
+        since: float,
+        kind: TurnKind,
+        source: str,
+        group: str | None,
+        session: str | None,
+    ) -> Turn | None:
+        """The user's newest turn started since then whose request had this digest, if nothing has followed it yet.
+
+        One of the same kind, source and group, and of the session if one is named; none that was withdrawn.
+        """
+        return await self._read(self._store.repeated_turn, user, request, since, kind, source, group, session)
 
     async def pairs_to_judge(self, after: int, limit: int, timeout_s: float) -> list[tuple[int, Turn, NextState]]:
         """Unjudged main turns and what followed, with the next state's seq (> after); [] after `timeout_s`."""

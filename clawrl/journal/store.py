@@ -47,6 +47,7 @@ from clawrl.types import (
     Sample,
     Swap,
     Turn,
+    TurnKind,
     VersionEvent,
     WeightVersion,
 )
@@ -135,21 +136,36 @@ class JournalReader:
         return self._newest_main_turn(query.where(TURNS.c.user == user, TURNS.c.session == session))
 
     def keyed_turn(self, key: str) -> Turn | None:
-        """The turn with this idempotency key."""
-        rows = self._rows(select(TURNS.table).where(TURNS.c.key == key))
+        """The turn with this idempotency key, unless it was withdrawn."""
+        query = select(TURNS.table).outerjoin(WITHDRAWN, WITHDRAWN.c.turn == TURNS.c.id)
+        rows = self._rows(query.where(TURNS.c.key == key, WITHDRAWN.c.turn.is_(None)))
         return TURNS.decode(rows[0]) if rows else None
 
-    def repeated_turn(self, user: str, request: str, since: float) -> Turn | None:
-        """The user's newest turn started since then whose request had this digest, if nothing has followed it yet."""
+    def repeated_turn(
+        self,
+        user: str,
+        request: str,
+        since: float,
+        kind: TurnKind = "main",
+        source: str = "chat",
+        group: str | None = None,
+        session: str | None = None,
+    ) -> Turn | None:
+        """The user's newest turn started since then whose request had this digest, if nothing has followed it yet.
+
+        One of the same kind, source and group, and of the session if one is named; none that was withdrawn.
+        """
         query = (
             select(TURNS.table)
             .outerjoin(NEXT_STATES.table, NEXT_STATES.c.turn == TURNS.c.id)
+            .outerjoin(WITHDRAWN, WITHDRAWN.c.turn == TURNS.c.id)
             .where(TURNS.c.user == user, TURNS.c.request == request, TURNS.c.started >= since)
-            .where(NEXT_STATES.c.seq.is_(None))
+            .where(TURNS.c.kind == kind, TURNS.c.source == source, TURNS.c.group.is_not_distinct_from(group))
+            .where(NEXT_STATES.c.seq.is_(None), WITHDRAWN.c.turn.is_(None))
             .order_by(TURNS.c.seq.desc())
             .limit(1)
         )
-        rows = self._rows(query)
+        rows = self._rows(query if session is None else query.where(TURNS.c.session == session))
         return TURNS.decode(rows[0]) if rows else None
 
     def _newest_main_turn(self, query: Select) -> Any:

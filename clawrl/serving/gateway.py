@@ -33,7 +33,7 @@ from clawrl.serving.capture import Finished, Refused, ReplyAssembler, reply_mess
 from clawrl.serving.consent import HEADER, OptOuts
 from clawrl.serving.listener import ClientGone, InTurn, Listener, Slots, while_connected
 from clawrl.serving.redaction import Redactor
-from clawrl.serving.sessions import Continuation, Identity, continuation, digest, identify
+from clawrl.serving.sessions import Continuation, Identity, continuation, digest, identify, request_digest
 from clawrl.types import Consent, Message, NextState, Turn
 
 log = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ class Gateway:
             body = await read_json(request, self._settings.max_body_mib)
             validate_chat(body, self._policy_settings)
             identity = identify(request.headers, body)
-            earlier = await self._earlier(body["messages"], identity)
+            earlier = await self._earlier(body, identity)
             if earlier is not None:
                 return self._replayed(earlier, bool(body.get("stream")), body.get("stream_options") or {})
             return await while_connected(request, self._answer(body, identity, arrived))
@@ -180,27 +180,31 @@ class Gateway:
 
     # -- a request sent twice ------------------------------------------------------------------------------------------
 
-    async def _earlier(self, messages: list[Message], identity: Identity) -> Turn | None:
+    async def _earlier(self, body: dict[str, Any], identity: Identity) -> Turn | None:
         """The recorded turn that this request repeats: by its key, or else, where it is a retry, by its content.
 
-        One with secrets taken out is answered anew: its words are not what was said. Raises GatewayError if the key
-        was used for another request.
+        One with secrets taken out is answered anew: its words are not what was said. So is who opted out since. Raises
+        GatewayError if the key was used for another request.
         """
-        found = await self._repeated(messages, identity)
-        return found if found is not None and len(found.capture.prompt_ids) else None
-
-    async def _repeated(self, messages: list[Message], identity: Identity) -> Turn | None:
-        if identity.opts_out:
+        if identity.opts_out or self._opt_outs.cover(identity.user, identity.session):
             return None
+        found = await self._repeated(body, identity)
+        if found is None or self._opt_outs.cover(found.user, found.session) or not len(found.capture.prompt_ids):
+            return None
+        return found
+
+    async def _repeated(self, body: dict[str, Any], identity: Identity) -> Turn | None:
         if identity.key is not None:
             found = await self._journal.keyed_turn.remote(identity.key)
-            if found is not None and found.request != digest(messages):
+            if found is not None and found.request != request_digest(body):
                 raise GatewayError("Idempotency-Key was used for another request; send a new key", status=422)
             return found
         if not identity.retried:
             return None
-        since = time.time() - RETRY_WINDOW_S
-        return await self._journal.repeated_turn.remote(identity.user, digest(messages), since)
+        request, since = request_digest(body), time.time() - RETRY_WINDOW_S
+        return await self._journal.repeated_turn.remote(
+            identity.user, request, since, identity.kind, identity.source, identity.group, identity.session
+        )
 
     def _replayed(self, turn: Turn, stream: bool, options: dict[str, Any]) -> Response:
         model = self._policy_settings.served_name
@@ -446,6 +450,6 @@ def _turn(
         capture=finished.capture,
         started=arrived,
         ended=time.time(),
-        request=digest(messages),
+        request=request_digest(body),
         key=identity.key,
     )

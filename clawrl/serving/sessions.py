@@ -86,7 +86,14 @@ def digest(messages: Sequence[Message]) -> str:
     Left out: system messages, reasoning, tool-call ids; tool arguments are compared as values, content parts as text.
     """
     said = [_normal(message) for message in messages if message["role"] not in _UNSAID]
-    return hashlib.sha256(json.dumps(said, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+    text = json.dumps(said, ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()  # half a pair is valid JSON
+
+
+def request_digest(body: Mapping[str, Any]) -> str:
+    """A request's digest, the same for the same request sent again only: all that its prompt is made of, as it is."""
+    prompt = [body["messages"], body.get("tools") or [], body.get("chat_template_kwargs") or {}]
+    return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()
 
 
 def _normal(message: Message) -> list[Any]:

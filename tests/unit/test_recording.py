@@ -316,3 +316,39 @@ def test_a_redacted_reply_is_not_replayed(tmp_path, stream):
             assert clawrl.rows("SELECT key FROM turns") == [('["ann", "k"]',), (None,)], "both were answered"
 
     run(scenario)
+
+
+@pytest.mark.parametrize("mark", [{"idempotency_key": "k"}, {"x_stainless_retry_count": "1"}], ids=["key", "retry"])
+def test_a_retry_is_answered_from_the_journal_unless_its_user_opted_out(tmp_path, stream, mark):
+    async def scenario():
+        async with door(tmp_path, replicas=2) as clawrl:
+            for gateway in clawrl._gateways[1:]:
+                gateway._following.cancel()  # it hears of nothing
+            first, again, heard, unheard = [], [], [], []
+            await _talk(clawrl, [], "so that its next answer is its second", stream=stream, replica=1, user="bob")
+            await _talk(clawrl, [], "so are those of the first", stream=stream)
+            await _talk(clawrl, [], "and its third", stream=stream)
+            await _talk(clawrl, first, "one", stream=stream, **mark)
+            await _talk(clawrl, again, "one", stream=stream, **mark)
+            assert again == first
+            await clawrl.journal.consent("ann", False)
+            await clawrl.heard("ann")
+            await _talk(clawrl, heard, "one", stream=stream, **mark)
+            await _talk(clawrl, unheard, "one", stream=stream, replica=1, **mark)
+            assert heard != first
+            assert unheard != first
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("words", [{"user": "bob"}, {"x_session_id": "t"}, {"x_source": "x"}, {"x_turn_type": "side"}])
+def test_a_retry_of_another_request_is_answered_anew(tmp_path, stream, words):
+    async def scenario():
+        async with door(tmp_path) as clawrl:
+            first, again = [], []
+            await _talk(clawrl, first, "one", stream=stream)
+            await _talk(clawrl, again, "one", stream=stream, x_stainless_retry_count="1", **words)
+            assert again != first
+            assert clawrl.recorded() == ["one", "one"]
+
+    run(scenario)

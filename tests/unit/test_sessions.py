@@ -3,7 +3,7 @@
 import pytest
 
 from clawrl.errors import GatewayError
-from clawrl.serving.sessions import continuation, digest, identify
+from clawrl.serving.sessions import continuation, digest, identify, request_digest
 
 USER = {"role": "user", "content": "two plus two?"}
 REPLY = {"role": "assistant", "content": "four"}
@@ -89,3 +89,25 @@ def test_an_idempotency_key_belongs_to_its_user():
         identify({"idempotency-key": "c"}, {"user": "a:b"}).key
         != identify({"idempotency-key": "b:c"}, {"user": "a"}).key
     )
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"messages": [{"role": "system", "content": "be brief"}, USER]},
+        {"messages": [{"role": "user", "content": " two plus two?"}]},
+        {"messages": [USER], "tools": [{"type": "function", "function": {"name": "calc"}}]},
+        {"messages": [USER], "chat_template_kwargs": {"enable_thinking": False}},
+    ],
+)
+def test_a_request_is_the_same_if_all_of_its_prompt_is(other):
+    assert request_digest(other) != request_digest({"messages": [USER]})
+    assert request_digest({"messages": [dict(reversed(USER.items()))], "tools": [], "stream": True}) == request_digest(
+        {"messages": [USER]}
+    )
+
+
+def test_half_a_surrogate_pair_has_a_digest():
+    half = [{"role": "user", "content": "\ud83d"}]
+    assert digest(half) != digest([{"role": "user", "content": "\ud83c"}])
+    assert request_digest({"messages": half})

@@ -56,6 +56,11 @@ class _Pending:
     durable: asyncio.Future[None]
 
 
+def _mark(record: Any) -> bool:
+    """Whether this is no word of a user, see Consent: nobody waits for it."""
+    return isinstance(record, Consent) and record.conversation is not None
+
+
 class Journal:
     """Async actor: an append returns when it is durable; every method may raise JournalError and leaves it usable.
 
@@ -76,7 +81,9 @@ class Journal:
 
     async def append(self, *records: Any) -> None:
         """Store records of any mix of types together; a record already there is left as it was."""
-        await self._commit(self._store.appending(*records), frozenset(map(type, records)))
+        await self._commit(
+            self._store.appending(*records), frozenset(type(each) for each in records if not _mark(each))
+        )
 
     async def record_version(self, version: WeightVersion, event: VersionEvent | None) -> None:
         """Store a version, the consumption of its samples and its event together; a repetition is ignored.
@@ -91,7 +98,7 @@ class Journal:
     async def open_turn(self, user: str, conversation: str) -> tuple[str, str, int] | None:
         """(id, session, index) of the user's newest main turn whose conversation has this digest.
 
-        The id is empty if such a conversation was served unrecorded.
+        The id is empty if such a conversation was served unrecorded after that.
         """
         return await self._read(self._open_turn, user, conversation)
 

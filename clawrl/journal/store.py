@@ -231,7 +231,7 @@ class JournalReader:
         return [score for _, score in sorted(tuple(row.values()) for row in self._rows(query))]
 
     def unrecorded(self, user: str, conversation: str) -> str | None:
-        """The session in which the user's conversation of this digest was served unrecorded; None: it was not."""
+        """The session in which the user's conversation of this digest was last served, unrecorded; None: it was not."""
         rows = self._rows(erasure.unrecorded_session(user, conversation))
         return rows[0]["session"] if rows else None
 
@@ -240,7 +240,7 @@ class JournalReader:
         return [(row[CONSENTS.c.seq], CONSENTS.decode(row)) for row in self._rows(erasure.consents(after, limit))]
 
     def withdrawals(self) -> int:
-        """A number that grows with every opt-out and every erasure."""
+        """A number that grows with every turn that is withdrawn, and every erasure."""
         return self._rows(erasure.withdrawals())[0]["number"]
 
     def owners(self, session: str) -> list[str]:

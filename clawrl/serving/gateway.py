@@ -49,6 +49,8 @@ RETRY_WINDOW_S = 1800.0
 
 UNRECORDED = ""
 """The journal's id for a turn that it knows of and does not have."""
+NO_SESSION = ""
+"""A session that no request can name, and no turn is in."""
 CONSENTS, FOLLOW_S, FOLLOW_RETRY_S = 1000, 30.0, 0.5
 """Words read at once from the journal, one long poll of it, and the pause after a failed one."""
 
@@ -289,6 +291,9 @@ class Gateway:
         if identity.kind == "side":
             return Place(session, 0, not (identity.opts_out or self._opt_outs.cover(user, session)))
         turn, session, index, seen = await self._found(messages, identity, session)
+        if identity.opts_out and turn in (None, UNRECORDED) and identity.session is None:
+            await self._remember(user)
+            return Place(session, 0, recorded=False)
         if identity.opts_out and not self._opt_outs.cover(user, session):
             word = await self._journal.consent.remote(user=user, train=False, session=session)
             self._opt_outs.take(Consent(**word))
@@ -298,6 +303,13 @@ class Gateway:
             next_state = NextState(turn, seen.role, seen.fresh, False, time.time())
             await self._journal.append.remote(self._redactor.record(next_state))
         return Place(session, index)
+
+    async def _remember(self, user: str) -> None:
+        """A conversation without a session opts out: its own mark says so, and one word, for all of the user's, that
+        every replica should ask for such marks."""
+        if not self._opt_outs.concern(user):
+            word = await self._journal.consent.remote(user=user, train=False, session=NO_SESSION)
+            self._opt_outs.take(Consent(**word))
 
     async def _found(
         self, messages: list[Message], identity: Identity, fresh_session: str

@@ -103,7 +103,16 @@ class TestOptOut:
         for train in (False, False, True, True):
             store.consent(word(train))
         assert [consent.train for _, consent in store.consents(0, 10)] == [False, True]
-        assert store.withdrawals() == 1
+        assert store.withdrawals() == 0, "there is nothing to withdraw"
+        store.append(turn("a"), turn("b"))
+        store.consent(word(False))
+        assert store.withdrawals() == 2
+
+    @pytest.mark.parametrize(("ended", "expected"), [(9.0, "s"), (10.0, "s"), (11.0, None)])
+    def test_the_newer_of_mark_and_turn_goes_on(self, store, ended, expected):
+        store.append(turn("a", conversation="digest", ended=ended), Consent("ann", "s", False, 10.0, "digest"))
+        store.append(turn("b", conversation="digest", kind="side"), turn("c", conversation="digest", user="bob"))
+        assert store.unrecorded("ann", "digest") == expected
 
     def test_marks_are_no_words(self, store):
         store.append(turn("a"), next_state("a"), sample("a"))
@@ -238,9 +247,16 @@ def test_look_ups_stay_on_their_index(store, path):
     statements = []
     event.listen(store.database.reader, "before_cursor_execute", lambda *args: statements.append(args[2:4]))
     store.unrecorded("ann", "c")
-    [(statement, parameters)] = statements
-    [plan] = rows_of(path, f"EXPLAIN QUERY PLAN {statement}", parameters)
-    assert plan[3].startswith("SEARCH consents USING INDEX consents_conversation_user ")
+    store.consents(7, 10)
+    store.held_out(10)
+    plans = [[plan[3] for plan in rows_of(path, f"EXPLAIN QUERY PLAN {one}", with_)] for one, with_ in statements]
+    assert [plans[0][0].partition(" (")[0], plans[0][2].partition(" (")[0]] == [
+        "SEARCH consents USING INDEX consents_conversation_user",
+        "SEARCH turns USING INDEX turns_conversation_user_kind_seq",
+    ]
+    assert plans[1] == ["SEARCH consents USING INDEX consents_conversation_seq (conversation=? AND seq>?)"]
+    assert plans[2][0] == "SEARCH samples USING INDEX samples_held_out_seq (held_out=?)"
+    assert not any("SCAN" in step or "TEMP" in step for plan in plans for step in plan)
 
 
 def rows_of(path: Path, query: str, parameters: tuple) -> list[tuple]:

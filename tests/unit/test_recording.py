@@ -352,3 +352,24 @@ def test_a_retry_of_another_request_is_answered_anew(tmp_path, stream, words):
             assert clawrl.recorded() == ["one", "one"]
 
     run(scenario)
+
+
+def test_conversations_that_opt_out_leave_no_word_each_and_withdraw_nothing(tmp_path, stream):
+    async def scenario():
+        async with door(tmp_path, replicas=2) as clawrl:
+            await _talk(clawrl, [], "recorded", stream=stream)
+            conversations: list[list] = [[], [], []]
+            for messages in conversations:
+                for text, how in (("secret", {"x_train": "no"}), ("secret still", {"x_train": "no"})):
+                    assert await _talk(clawrl, messages, text, stream=stream, **how)
+            assert await clawrl.journal.withdrawals(-1, 0) == 0
+            assert clawrl.rows("SELECT session FROM consents WHERE conversation IS NULL") == [("",)]
+            async with asyncio.timeout(10):
+                while not clawrl._gateways[1]._opt_outs.concern("ann"):  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            assert await _talk(clawrl, conversations[0], "the secret goes on", stream=stream, replica=1)
+            assert not await _talk(clawrl, [], "recorded too", stream=stream)
+            assert clawrl.recorded() == ["recorded", "recorded too"]
+            assert b"secret" not in clawrl.files()
+
+    run(scenario)

@@ -379,12 +379,14 @@ async def read_json(request: Request, max_mib: int) -> dict[str, Any]:
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
         raise GatewayError(f"content type {kind or '(none)'!r} is not served; send application/json", status=415)
-    limit = max_mib * 2**20
+    limit, raw = max_mib * 2**20, bytearray()
+    too_large = GatewayError(f"the body is larger than {max_mib} MiB; send less history", status=413)
     if int(request.headers.get("content-length") or 0) > limit:
-        raise GatewayError(f"the body is larger than {max_mib} MiB; send less history", status=413)
-    raw = await request.body()
-    if len(raw) > limit:
-        raise GatewayError(f"the body is larger than {max_mib} MiB; send less history", status=413)
+        raise too_large
+    async for part in request.stream():  # a chunked one does not say its length
+        raw += part
+        if len(raw) > limit:
+            raise too_large
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError) as error:

@@ -49,7 +49,8 @@ def identify(headers: Mapping[str, str], body: Mapping[str, Any]) -> Identity:
 
     `X-Train: no` opts its session out.
     A request sent again says so by `Idempotency-Key`, or as OpenAI's SDKs do by `X-Stainless-Retry-Count`.
-    Raises GatewayError for a turn type other than main or side, and an X-Train other than yes or no.
+    Raises GatewayError for a turn type other than main or side, an X-Train other than yes or no, and a user that no
+    journal can store.
     """
     kind, train = headers.get("x-turn-type", "main"), headers.get("x-train", "yes").strip().lower()
     if kind not in ("main", "side"):
@@ -57,6 +58,8 @@ def identify(headers: Mapping[str, str], body: Mapping[str, Any]) -> Identity:
     if train not in ("yes", "no"):  # what is meant as an opt-out must not be taken for none
         raise GatewayError(f"X-Train: {train!r} is unknown; use no, or leave it out", param="X-Train")
     user, key = str(body.get("user") or "local"), headers.get("idempotency-key")
+    if "\x00" in user or any("\ud800" <= letter <= "\udfff" for letter in user):
+        raise GatewayError(f"user {user!a} has a NUL or half a surrogate pair; leave it out", param="user")
     return Identity(
         user=user,
         session=headers.get("x-session-id") or None,

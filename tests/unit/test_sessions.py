@@ -75,6 +75,15 @@ def test_an_unknown_turn_type_is_refused():
         identify({"x-turn-type": "maine"}, {})
 
 
+@pytest.mark.parametrize("user", ["a\x00b", "\ud83d", "Grüße \udc00"])
+def test_a_user_that_cannot_be_stored_is_refused(user):
+    with pytest.raises(GatewayError, match="NUL or half a surrogate pair") as caught:
+        identify({}, {"user": user})
+    assert (caught.value.status, caught.value.param) == (400, "user")
+    assert str(caught.value).encode()
+    assert identify({}, {"user": "Grüße \U0001f600"}).user == "Grüße \U0001f600"
+
+
 def test_a_retry_says_so():
     assert not identify({}, {}).retried
     assert not identify({"x-stainless-retry-count": "0"}, {}).retried

@@ -126,6 +126,11 @@ def _show(told: dict[str, Any], retrain: bool) -> None:
         console.print(f"{'deleted' if done else 'would delete'} checkpoints: {_numbers(told['checkpoints'])}{pinned}")
     if told["versions"] and not retrain:
         console.print("they keep what they learnt; --retrain goes back before them")
+    if told.get("unknown"):
+        console.print(
+            f"{told['unknown']} samples that versions learnt from are older than journal.keep_days: whose they were is "
+            "no longer known, so that versions which learnt from this user may be missing here"
+        )
     if told.get("unwiped"):
         console.print(f"erased; free pages not overwritten yet: {told['unwiped']}; run again", markup=False)
     if not done:

@@ -53,6 +53,7 @@ class Content:
     samples: int
     versions: tuple[int, ...]  # those that learnt from it, whatever their state
     pinned: tuple[int, ...]  # all versions whose latest pin holds
+    unknown: int = 0  # samples of anybody's that versions learnt from and that expired: whose they were is not known
 
 
 # -- entering ----------------------------------------------------------------------------------------------------------
@@ -171,7 +172,15 @@ def content(connection: Connection, user: str, session: str | None) -> Content:
     newest = select(PINS.c.version, PINS.c.pinned).order_by(PINS.c.seq)
     pins = {row.version: row.pinned for row in connection.execute(newest)}  # the latest of each holds
     pinned = tuple(sorted(version for version, held in pins.items() if held))
-    return Content(len(turns), samples, tuple(sorted(versions)), pinned)
+    return Content(len(turns), samples, tuple(sorted(versions)), pinned, connection.scalar(_expired()) or 0)
+
+
+def _expired() -> Select:
+    """How many consumed samples have nothing left that says whose they were, without erased ones."""
+    query = select(func.count()).select_from(CONSUMPTIONS)
+    for id in (TURNS.c.id, SAMPLES.c.id, WITHDRAWN.c.turn):
+        query = query.where(~exists().where(id == CONSUMPTIONS.c.sample))
+    return query
 
 
 def erase(connection: Connection, erasure: Erasure, rejected: Sequence[int]) -> None:

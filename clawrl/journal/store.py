@@ -471,7 +471,8 @@ class JournalStore(JournalReader):
 
         Old ended before `before` (seconds since the epoch). One that waits for the judge or the trainer stays; a
         sample that training has passed over (later ones were trained on: it was too old by then) waits no longer.
-        Returns the seq to go on from; None when the young turns are reached.
+        Returns the seq to go on from; None when the young turns are reached. An erasure later can no longer tell which
+        versions learnt from what has gone.
         """
         query = select(TURNS.c.seq, TURNS.c.id, TURNS.c.ended).where(TURNS.c.seq > after).order_by(TURNS.c.seq)
         found = self._rows(query.limit(limit))

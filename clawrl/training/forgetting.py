@@ -27,6 +27,7 @@ class Plan:
     events: tuple[VersionEvent, ...]  # to be recorded with it
     checkpoints: tuple[int, ...]  # to be deleted from disk
     pinned: tuple[int, ...]  # those of them that were to be kept for good
+    unknown: int = 0  # expired samples that versions learnt from: whether they were the user's is not known
 
     def records(self) -> tuple[VersionEvent | Pin, ...]:
         """What the journal takes in the same transaction; a pin holds nothing that is deleted."""
@@ -45,6 +46,7 @@ class Plan:
             "rejected": rejected,
             "checkpoints": list(self.checkpoints),
             "pinned": list(self.pinned),
+            "unknown": self.unknown,
             "unwiped": unwiped,
             "done": done,
         }
@@ -89,7 +91,7 @@ def plan(
     restored = registry.head if decided else None
     erasure = Erasure(user, session, content.turns, learnt, restored, at)
     pinned = sorted(carried & set(content.pinned))
-    return Plan(erasure, content.samples, tuple(decided), tuple(sorted(carried)), tuple(pinned))
+    return Plan(erasure, content.samples, tuple(decided), tuple(sorted(carried)), tuple(pinned), content.unknown)
 
 
 def _carries(registry: Registry, number: int, learnt: Collection[int]) -> bool:

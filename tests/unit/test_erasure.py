@@ -212,6 +212,17 @@ class TestErasure:
         assert store.content("ann", "unknown").turns == 0
         assert store.owners("s") == ["ann", "bob"]
 
+    def test_expired_samples_are_nobodys(self, store):
+        self.fill(store, many=4)
+        store.append(sample("no turn"))
+        store.record_version(version(1, "a", "b", "no turn"), None)
+        store.record_version(version(2, "0"), None)
+        assert store.content("ann", None).unknown == 0
+        store.erase(erasure("s"))
+        assert store.content("ann", None).unknown == 0, "what was erased is known to be"
+        store.expire(2e9, 0, 100)
+        assert store.content("ann", None).unknown == 2, "Bob's, who may have been anybody"
+
     def test_consumption_stays_unless_its_version_is_rejected(self, store):
         self.fill(store, many=4)
         store.record_version(version(1, "b"), None)

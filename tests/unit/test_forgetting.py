@@ -195,3 +195,13 @@ async def test_a_running_store_and_its_journal_agree_when_a_scrub_fails(run, mon
 
 
 async def _nothing(_: Registry) -> None: ...
+
+
+def test_what_expired_is_told(run, capsys):
+    assert forget(run, capsys, "--user", "ann")["unknown"] == 0
+    with closing(JournalStore(f"sqlite:///{run}/journal.sqlite")) as store:
+        store.append(turn("b", user="bob", ended=1.0))
+        store.expire(2.0, 0, 10)
+    assert forget(run, capsys, "--user", "ann")["unknown"] == 1
+    assert cli.main(["forget", "--run", str(run), "--user", "ann"]) == 0
+    assert "1 samples that versions learnt from are older than journal.keep_days" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Metric names, timers, logging and the run directory.
+"""Metric names, logging and the run directory.
 
 Knows every metric clawrl exports (`METRICS`) and where a run writes. Ignores who measures. Metrics go through
 `ray.util.metrics`, so they appear at Ray's Prometheus endpoint as `ray_clawrl_<area>_<name>_<unit>`.
@@ -10,8 +10,6 @@ import fcntl
 import logging
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
@@ -51,16 +49,6 @@ def metric(name: str) -> Any:
     if kind == "histogram":
         return metrics.Histogram(exported, description, boundaries=_LATENCY_BUCKETS_S)
     return {"counter": metrics.Counter, "gauge": metrics.Gauge}[kind](exported, description)
-
-
-@contextmanager
-def timed(name: str) -> Iterator[None]:
-    """Observe the seconds a block takes in a histogram of METRICS."""
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        metric(name).observe(time.perf_counter() - started)
 
 
 def set_up_logging(level: int = logging.INFO) -> None:

@@ -76,8 +76,8 @@ class Turn:
     capture: Capture
     started: float  # seconds since the epoch
     ended: float
-    request: str = ""  # digest of the request's messages: the same request again is the same turn
-    key: str | None = None  # the client's idempotency key, by user; never stored twice
+    request: str = ""  # digest of the request's prompt: the same request again is the same turn
+    key: str | None = None  # the client's idempotency key, by user; None too if another turn had it before
 
 
 @dataclass(frozen=True, slots=True)

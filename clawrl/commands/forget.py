@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from clawrl.commands.client import add_json, add_url, post
-from clawrl.errors import ClawrlError
+from clawrl.errors import ClawrlError, JournalError
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -89,11 +89,16 @@ def forget_offline(
             on_disk=[number for number, place in places.items() if place.is_dir()],
             at=time.time(),
         )
-        if yes:
-            store.erase(planned.erasure, planned.records())
-            for number in planned.checkpoints:
-                shutil.rmtree(places[number])
-        return planned.told(done=yes)
+        if not yes:
+            return planned.told(done=False)
+        store.erase(planned.erasure, planned.records())
+        for number in planned.checkpoints:
+            shutil.rmtree(places[number])
+        try:
+            store.scrub()
+        except JournalError as error:
+            return planned.told(done=True, unwiped=str(error))
+        return planned.told(done=True)
 
 
 def _journal_file(run: Path | None) -> Path:
@@ -121,6 +126,13 @@ def _show(told: dict[str, Any], retrain: bool) -> None:
         console.print(f"{'deleted' if done else 'would delete'} checkpoints: {_numbers(told['checkpoints'])}{pinned}")
     if told["versions"] and not retrain:
         console.print("they keep what they learnt; --retrain goes back before them")
+    if told.get("unknown"):
+        console.print(
+            f"{told['unknown']} samples that versions learnt from are older than journal.keep_days: whose they were is "
+            "no longer known, so that versions which learnt from this user may be missing here"
+        )
+    if told.get("unwiped"):
+        console.print(f"erased; free pages not overwritten yet: {told['unwiped']}; run again", markup=False)
     if not done:
         console.print("nothing was changed; add --yes to do it")
 

@@ -34,6 +34,7 @@ from clawrl.types import (
     Sample,
     Swap,
     Turn,
+    TurnKind,
     VersionEvent,
     WeightVersion,
 )
@@ -53,6 +54,11 @@ class _Pending:
     write: Write
     kinds: frozenset[type]
     durable: asyncio.Future[None]
+
+
+def _mark(record: Any) -> bool:
+    """Whether this is no word of a user, see Consent: nobody waits for it."""
+    return isinstance(record, Consent) and record.conversation is not None
 
 
 class Journal:
@@ -75,7 +81,9 @@ class Journal:
 
     async def append(self, *records: Any) -> None:
         """Store records of any mix of types together; a record already there is left as it was."""
-        await self._commit(self._store.appending(*records), frozenset(map(type, records)))
+        await self._commit(
+            self._store.appending(*records), frozenset(type(each) for each in records if not _mark(each))
+        )
 
     async def record_version(self, version: WeightVersion, event: VersionEvent | None) -> None:
         """Store a version, the consumption of its samples and its event together; a repetition is ignored.
@@ -90,7 +98,7 @@ class Journal:
     async def open_turn(self, user: str, conversation: str) -> tuple[str, str, int] | None:
         """(id, session, index) of the user's newest main turn whose conversation has this digest.
 
-        The id is empty if such a conversation was served unrecorded.
+        The id is empty if such a conversation was served unrecorded after that.
         """
         return await self._read(self._open_turn, user, conversation)
 
@@ -103,12 +111,24 @@ class Journal:
         return await self._read(self._store.last_turn, user, session)
 
     async def keyed_turn(self, key: str) -> Turn | None:
-        """The turn with this idempotency key."""
+        """The turn with this idempotency key, unless it was withdrawn."""
         return await self._read(self._store.keyed_turn, key)
 
-    async def repeated_turn(self, user: str, request: str, since: float) -> Turn | None:
-        """The user's newest turn started since then whose request had this digest, if nothing has followed it yet."""
-        return await self._read(self._store.repeated_turn, user, request, since)
+    async def repeated_turn(
+        self,
+        user: str,
+        request: str,
+        since: float,
+        kind: TurnKind,
+        source: str,
+        group: str | None,
+        session: str | None,
+    ) -> Turn | None:
+        """The user's newest turn started since then whose request had this digest, if nothing has followed it yet.
+
+        One of the same kind, source and group, and of the session if one is named; none that was withdrawn.
+        """
+        return await self._read(self._store.repeated_turn, user, request, since, kind, source, group, session)
 
     async def pairs_to_judge(self, after: int, limit: int, timeout_s: float) -> list[tuple[int, Turn, NextState]]:
         """Unjudged main turns and what followed, with the next state's seq (> after); [] after `timeout_s`."""
@@ -169,11 +189,16 @@ class Journal:
         return await self._read(self._store.content, user, session)
 
     async def erase(self, record: Erasure, others: Sequence[VersionEvent | Pin]) -> None:
-        """Delete a user's or session's content and wipe it from disk; what rejected versions consumed is free again.
+        """Delete a user's or session's content; what rejected versions consumed is free again.
 
-        Appends wait while the database is rewritten.
+        Its bytes are on disk until `scrub`.
         """
         await self._commit(self._store.erasing(record, others), frozenset({Consent, Erasure, Sample, VersionEvent}))
+        await asyncio.to_thread(self._store.recount)
+
+    async def scrub(self) -> None:
+        """Wipe from disk whatever was deleted, now or before; appends wait while the database is rewritten."""
+        self._require_open()
         await asyncio.get_running_loop().run_in_executor(self._writer, self._store.scrub)
 
     async def versions(self) -> list[WeightVersion]:

@@ -187,7 +187,7 @@ def _orphans(connection: Connection) -> Iterator[str]:
 
 
 def _consumptions(connection: Connection) -> Iterator[str]:
-    """A version that was rejected gave its samples back."""
+    """Each sample made one version; rejected ones are left aside, an erasure may have given their samples back."""
     states = dict(connection.execute(select(EVENTS.c.version, EVENTS.c.state).order_by(EVENTS.c.seq)).all())
     versions = [VERSIONS.decode(row) for row in connection.execute(select(VERSIONS.table)).mappings()]
     learnt: dict[str, int] = {}
@@ -213,6 +213,3 @@ def _checkpoints(connection: Connection) -> Iterator[str]:
     for number, checkpoint in connection.execute(query.order_by(VERSIONS.c.number)):
         if checkpoint is not None and not Path(checkpoint).is_dir():
             yield f"version {number} has no checkpoint at {checkpoint}; restore the folder from a backup, or roll back"
-
-
-_LOOKS = (_unreadable, _orphans, _consumptions, _checkpoints)

@@ -201,7 +201,7 @@ class _Sqlite(Database):
             deadline = time.monotonic() + _LOCK_WAIT_S
             while cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()[0][0]:  # a reader still looks into it
                 if time.monotonic() > deadline:
-                    raise JournalError("a reader holds the write-ahead log, where deleted content may be; forget again")
+                    raise JournalError("a reader holds the write-ahead log, where deleted content may be")
                 time.sleep(_RETRY_S)
         finally:
             connection.close()

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Select, and_, delete, func, insert, or_, select
+from sqlalchemy import Connection, Select, and_, delete, exists, func, insert, or_, select
 from sqlalchemy.sql import ColumnElement
 
 from clawrl.journal import queues
@@ -53,6 +53,7 @@ class Content:
     samples: int
     versions: tuple[int, ...]  # those that learnt from it, whatever their state
     pinned: tuple[int, ...]  # all versions whose latest pin holds
+    unknown: int = 0  # samples of anybody's that versions learnt from and that expired: whose they were is not known
 
 
 # -- entering ----------------------------------------------------------------------------------------------------------
@@ -122,15 +123,23 @@ def consents(after: int, limit: int) -> Select:
 
 
 def withdrawals() -> Select:
-    """A number that grows with every opt-out and every erasure."""
-    opt_out = select(func.max(CONSENTS.c.seq)).where(~CONSENTS.c.train, CONSENTS.c.conversation.is_(None))
-    newest = [query.scalar_subquery() for query in (opt_out, select(func.max(ERASURES.c.seq)))]
-    return select((func.coalesce(newest[0], 0) + func.coalesce(newest[1], 0)).label("number"))
+    """A number that grows with every turn that is withdrawn, and every erasure."""
+    numbers = [select(func.count()).select_from(table).scalar_subquery() for table in (WITHDRAWN, ERASURES.table)]
+    return select((numbers[0] + numbers[1]).label("number"))
 
 
 def unrecorded_session(user: str, conversation: str) -> Select:
-    """The session of a conversation that was served unrecorded."""
-    query = select(CONSENTS.c.session).where(CONSENTS.c.user == user, CONSENTS.c.conversation == conversation)
+    """The session of a conversation that was served unrecorded, and not recorded after that.
+
+    Where people share a name, one's opening words, and the reply, may be another's too: the newer one goes on.
+    """
+    newer = exists().where(
+        TURNS.c.user == user,
+        TURNS.c.conversation == conversation,
+        TURNS.c.kind == "main",
+        TURNS.c.ended > CONSENTS.c.at,
+    )
+    query = select(CONSENTS.c.session).where(CONSENTS.c.user == user, CONSENTS.c.conversation == conversation, ~newer)
     return query.order_by(CONSENTS.c.seq.desc()).limit(1)
 
 
@@ -163,7 +172,15 @@ def content(connection: Connection, user: str, session: str | None) -> Content:
     newest = select(PINS.c.version, PINS.c.pinned).order_by(PINS.c.seq)
     pins = {row.version: row.pinned for row in connection.execute(newest)}  # the latest of each holds
     pinned = tuple(sorted(version for version, held in pins.items() if held))
-    return Content(len(turns), samples, tuple(sorted(versions)), pinned)
+    return Content(len(turns), samples, tuple(sorted(versions)), pinned, connection.scalar(_expired()) or 0)
+
+
+def _expired() -> Select:
+    """How many consumed samples have nothing left that says whose they were, without erased ones."""
+    query = select(func.count()).select_from(CONSUMPTIONS)
+    for id in (TURNS.c.id, SAMPLES.c.id, WITHDRAWN.c.turn):
+        query = query.where(~exists().where(id == CONSUMPTIONS.c.sample))
+    return query
 
 
 def erase(connection: Connection, erasure: Erasure, rejected: Sequence[int]) -> None:

@@ -17,6 +17,7 @@ _TO_2 = [  # what tells a repeated request; held-out samples; pins, gate, consen
     "ALTER TABLE turns ADD COLUMN request TEXT DEFAULT '' NOT NULL",
     "ALTER TABLE turns ADD COLUMN key TEXT",
     "ALTER TABLE samples ADD COLUMN held_out BOOLEAN DEFAULT FALSE NOT NULL",
+    "CREATE INDEX samples_held_out_seq ON samples (held_out, seq)",
     'CREATE INDEX turns_user_request_seq ON turns ("user", request, seq)',
     "CREATE UNIQUE INDEX turns_key ON turns (key)",
     "CREATE INDEX ix_consumptions_version ON consumptions (version)",
@@ -29,6 +30,7 @@ _TO_2 = [  # what tells a repeated request; held-out samples; pins, gate, consen
         conversation TEXT)""",
     'CREATE INDEX consents_user_session ON consents ("user", session)',
     'CREATE INDEX consents_conversation_user ON consents (conversation, "user")',
+    "CREATE INDEX consents_conversation_seq ON consents (conversation, seq)",
     "CREATE TABLE withdrawn (turn TEXT PRIMARY KEY NOT NULL)",
     """CREATE TABLE erasures (
         {seq}, "user" TEXT NOT NULL, session TEXT, turns BIGINT NOT NULL, versions TEXT NOT NULL, restored BIGINT,

@@ -47,6 +47,7 @@ from clawrl.types import (
     Sample,
     Swap,
     Turn,
+    TurnKind,
     VersionEvent,
     WeightVersion,
 )
@@ -135,21 +136,36 @@ class JournalReader:
         return self._newest_main_turn(query.where(TURNS.c.user == user, TURNS.c.session == session))
 
     def keyed_turn(self, key: str) -> Turn | None:
-        """The turn with this idempotency key."""
-        rows = self._rows(select(TURNS.table).where(TURNS.c.key == key))
+        """The turn with this idempotency key, unless it was withdrawn."""
+        query = select(TURNS.table).outerjoin(WITHDRAWN, WITHDRAWN.c.turn == TURNS.c.id)
+        rows = self._rows(query.where(TURNS.c.key == key, WITHDRAWN.c.turn.is_(None)))
         return TURNS.decode(rows[0]) if rows else None
 
-    def repeated_turn(self, user: str, request: str, since: float) -> Turn | None:
-        """The user's newest turn started since then whose request had this digest, if nothing has followed it yet."""
+    def repeated_turn(
+        self,
+        user: str,
+        request: str,
+        since: float,
+        kind: TurnKind = "main",
+        source: str = "chat",
+        group: str | None = None,
+        session: str | None = None,
+    ) -> Turn | None:
+        """The user's newest turn started since then whose request had this digest, if nothing has followed it yet.
+
+        One of the same kind, source and group, and of the session if one is named; none that was withdrawn.
+        """
         query = (
             select(TURNS.table)
             .outerjoin(NEXT_STATES.table, NEXT_STATES.c.turn == TURNS.c.id)
+            .outerjoin(WITHDRAWN, WITHDRAWN.c.turn == TURNS.c.id)
             .where(TURNS.c.user == user, TURNS.c.request == request, TURNS.c.started >= since)
-            .where(NEXT_STATES.c.seq.is_(None))
+            .where(TURNS.c.kind == kind, TURNS.c.source == source, TURNS.c.group.is_not_distinct_from(group))
+            .where(NEXT_STATES.c.seq.is_(None), WITHDRAWN.c.turn.is_(None))
             .order_by(TURNS.c.seq.desc())
             .limit(1)
         )
-        rows = self._rows(query)
+        rows = self._rows(query if session is None else query.where(TURNS.c.session == session))
         return TURNS.decode(rows[0]) if rows else None
 
     def _newest_main_turn(self, query: Select) -> Any:
@@ -215,7 +231,7 @@ class JournalReader:
         return [score for _, score in sorted(tuple(row.values()) for row in self._rows(query))]
 
     def unrecorded(self, user: str, conversation: str) -> str | None:
-        """The session in which the user's conversation of this digest was served unrecorded; None: it was not."""
+        """The session in which the user's conversation of this digest was last served, unrecorded; None: it was not."""
         rows = self._rows(erasure.unrecorded_session(user, conversation))
         return rows[0]["session"] if rows else None
 
@@ -224,7 +240,7 @@ class JournalReader:
         return [(row[CONSENTS.c.seq], CONSENTS.decode(row)) for row in self._rows(erasure.consents(after, limit))]
 
     def withdrawals(self) -> int:
-        """A number that grows with every opt-out and every erasure."""
+        """A number that grows with every turn that is withdrawn, and every erasure."""
         return self._rows(erasure.withdrawals())[0]["number"]
 
     def owners(self, session: str) -> list[str]:
@@ -346,7 +362,10 @@ class JournalStore(JournalReader):
 
         def write(connection: Connection) -> None:
             for table, several in rows.items():
-                if admitted := erasure.admitted(connection, table, several):
+                admitted = erasure.admitted(connection, table, several)
+                if table is TURNS:
+                    admitted = _keyed_once(connection, admitted)
+                if admitted:
                     connection.execute(insert_new(connection, table.table), admitted)
             queues.follow(connection, records)
 
@@ -404,14 +423,13 @@ class JournalStore(JournalReader):
         self.write(self.taking_word(consent))
 
     def erase(self, record: Erasure, others: Sequence[VersionEvent | Pin] = ()) -> None:
-        """Delete a user's or session's content for good, on disk too; see `erasing`."""
+        """Delete a user's or session's content, see `erasing`; its bytes are on disk until `scrub`."""
         self.write(self.erasing(record, others))
-        self.scrub()
+        self.recount()
 
     def scrub(self) -> None:
-        """Leave nothing of what was deleted in the database's files; nobody writes meanwhile."""
-        self.recount()
-        with refusing(f"journal {self.name} still holds deleted bytes; forget again"):
+        """Leave nothing of what was deleted in the database's files; nobody writes meanwhile. May be repeated."""
+        with refusing(f"journal {self.name} cannot be rewritten"):
             self.database.scrub()
 
     def commit(self, writes: list[Write]) -> list[JournalError | None]:
@@ -453,7 +471,8 @@ class JournalStore(JournalReader):
 
         Old ended before `before` (seconds since the epoch). One that waits for the judge or the trainer stays; a
         sample that training has passed over (later ones were trained on: it was too old by then) waits no longer.
-        Returns the seq to go on from; None when the young turns are reached.
+        Returns the seq to go on from; None when the young turns are reached. An erasure later can no longer tell which
+        versions learnt from what has gone.
         """
         query = select(TURNS.c.seq, TURNS.c.id, TURNS.c.ended).where(TURNS.c.seq > after).order_by(TURNS.c.seq)
         found = self._rows(query.limit(limit))
@@ -474,3 +493,15 @@ class JournalStore(JournalReader):
         """Give space of deleted rows back to the file system."""
         with refusing(f"journal {self.name} cannot shrink"):
             self.database.shrink()
+
+
+def _keyed_once(connection: Connection, turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The turns, without a key that another one has: both were answered, so both are kept."""
+    keys = {turn["key"] for turn in turns} - {None}
+    if not keys:
+        return turns
+    holders = dict(connection.execute(select(TURNS.c.key, TURNS.c.id).where(TURNS.c.key.in_(keys))).all())
+    return [
+        {**turn, "key": turn["key"] if holders.setdefault(turn["key"], turn["id"]) == turn["id"] else None}
+        for turn in turns
+    ]

@@ -211,14 +211,16 @@ NO_TOKENS = _to_npy(NOT_KEPT.prompt_ids)
 Index("turns_key", TURNS.c.key, unique=True)
 NEXT_STATES = RecordTable("next_states", NextState, unique="turn")
 JUDGEMENTS = RecordTable("judgements", Judgement, unique="turn")
-SAMPLES = RecordTable("samples", Sample, unique="id")
+SAMPLES = RecordTable("samples", Sample, unique="id", indexes=(("held_out", "seq"),))
 VERSIONS = RecordTable("versions", WeightVersion, unique="number")
 FEEDBACK = RecordTable("feedback", Feedback, unique="id", indexes=(("turn",),))
 EVENTS = RecordTable("version_events", VersionEvent)
 SWAPS = RecordTable("swaps", Swap)
 PINS = RecordTable("pins", Pin)
 DECISIONS = RecordTable("gate_decisions", GateDecision)
-CONSENTS = RecordTable("consents", Consent, indexes=(("user", "session"), ("conversation", "user")))
+CONSENTS = RecordTable(
+    "consents", Consent, indexes=(("user", "session"), ("conversation", "user"), ("conversation", "seq"))
+)
 ERASURES = RecordTable("erasures", Erasure)
 RECORD_TABLES: dict[type, RecordTable] = {
     table.record: table

@@ -33,7 +33,7 @@ from clawrl.serving.capture import Finished, Refused, ReplyAssembler, reply_mess
 from clawrl.serving.consent import HEADER, OptOuts
 from clawrl.serving.listener import ClientGone, InTurn, Listener, Slots, while_connected
 from clawrl.serving.redaction import Redactor
-from clawrl.serving.sessions import Continuation, Identity, continuation, digest, identify
+from clawrl.serving.sessions import Continuation, Identity, continuation, digest, identify, request_digest
 from clawrl.types import Consent, Message, NextState, Turn
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,8 @@ RETRY_WINDOW_S = 1800.0
 
 UNRECORDED = ""
 """The journal's id for a turn that it knows of and does not have."""
+NO_SESSION = ""
+"""A session that no request can name, and no turn is in."""
 CONSENTS, FOLLOW_S, FOLLOW_RETRY_S = 1000, 30.0, 0.5
 """Words read at once from the journal, one long poll of it, and the pause after a failed one."""
 
@@ -164,7 +166,7 @@ class Gateway:
             body = await read_json(request, self._settings.max_body_mib)
             validate_chat(body, self._policy_settings)
             identity = identify(request.headers, body)
-            earlier = await self._earlier(body["messages"], identity)
+            earlier = await self._earlier(body, identity)
             if earlier is not None:
                 return self._replayed(earlier, bool(body.get("stream")), body.get("stream_options") or {})
             return await while_connected(request, self._answer(body, identity, arrived))
@@ -180,27 +182,31 @@ class Gateway:
 
     # -- a request sent twice ------------------------------------------------------------------------------------------
 
-    async def _earlier(self, messages: list[Message], identity: Identity) -> Turn | None:
+    async def _earlier(self, body: dict[str, Any], identity: Identity) -> Turn | None:
         """The recorded turn that this request repeats: by its key, or else, where it is a retry, by its content.
 
-        One with secrets taken out is answered anew: its words are not what was said. Raises GatewayError if the key
-        was used for another request.
+        One with secrets taken out is answered anew: its words are not what was said. So is who opted out since. Raises
+        GatewayError if the key was used for another request.
         """
-        found = await self._repeated(messages, identity)
-        return found if found is not None and len(found.capture.prompt_ids) else None
-
-    async def _repeated(self, messages: list[Message], identity: Identity) -> Turn | None:
-        if identity.opts_out:
+        if identity.opts_out or self._opt_outs.cover(identity.user, identity.session):
             return None
+        found = await self._repeated(body, identity)
+        if found is None or self._opt_outs.cover(found.user, found.session) or not len(found.capture.prompt_ids):
+            return None
+        return found
+
+    async def _repeated(self, body: dict[str, Any], identity: Identity) -> Turn | None:
         if identity.key is not None:
             found = await self._journal.keyed_turn.remote(identity.key)
-            if found is not None and found.request != digest(messages):
+            if found is not None and found.request != request_digest(body):
                 raise GatewayError("Idempotency-Key was used for another request; send a new key", status=422)
             return found
         if not identity.retried:
             return None
-        since = time.time() - RETRY_WINDOW_S
-        return await self._journal.repeated_turn.remote(identity.user, digest(messages), since)
+        request, since = request_digest(body), time.time() - RETRY_WINDOW_S
+        return await self._journal.repeated_turn.remote(
+            identity.user, request, since, identity.kind, identity.source, identity.group, identity.session
+        )
 
     def _replayed(self, turn: Turn, stream: bool, options: dict[str, Any]) -> Response:
         model = self._policy_settings.served_name
@@ -285,6 +291,9 @@ class Gateway:
         if identity.kind == "side":
             return Place(session, 0, not (identity.opts_out or self._opt_outs.cover(user, session)))
         turn, session, index, seen = await self._found(messages, identity, session)
+        if identity.opts_out and turn in (None, UNRECORDED) and identity.session is None:
+            await self._remember(user)
+            return Place(session, 0, recorded=False)
         if identity.opts_out and not self._opt_outs.cover(user, session):
             word = await self._journal.consent.remote(user=user, train=False, session=session)
             self._opt_outs.take(Consent(**word))
@@ -294,6 +303,13 @@ class Gateway:
             next_state = NextState(turn, seen.role, seen.fresh, False, time.time())
             await self._journal.append.remote(self._redactor.record(next_state))
         return Place(session, index)
+
+    async def _remember(self, user: str) -> None:
+        """A conversation without a session opts out: its own mark says so, and one word, for all of the user's, that
+        every replica should ask for such marks."""
+        if not self._opt_outs.concern(user):
+            word = await self._journal.consent.remote(user=user, train=False, session=NO_SESSION)
+            self._opt_outs.take(Consent(**word))
 
     async def _found(
         self, messages: list[Message], identity: Identity, fresh_session: str
@@ -363,12 +379,14 @@ async def read_json(request: Request, max_mib: int) -> dict[str, Any]:
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
         raise GatewayError(f"content type {kind or '(none)'!r} is not served; send application/json", status=415)
-    limit = max_mib * 2**20
+    limit, raw = max_mib * 2**20, bytearray()
+    too_large = GatewayError(f"the body is larger than {max_mib} MiB; send less history", status=413)
     if int(request.headers.get("content-length") or 0) > limit:
-        raise GatewayError(f"the body is larger than {max_mib} MiB; send less history", status=413)
-    raw = await request.body()
-    if len(raw) > limit:
-        raise GatewayError(f"the body is larger than {max_mib} MiB; send less history", status=413)
+        raise too_large
+    async for part in request.stream():  # a chunked one does not say its length
+        raw += part
+        if len(raw) > limit:
+            raise too_large
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError) as error:
@@ -446,6 +464,6 @@ def _turn(
         capture=finished.capture,
         started=arrived,
         ended=time.time(),
-        request=digest(messages),
+        request=request_digest(body),
         key=identity.key,
     )

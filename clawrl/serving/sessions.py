@@ -49,7 +49,8 @@ def identify(headers: Mapping[str, str], body: Mapping[str, Any]) -> Identity:
 
     `X-Train: no` opts its session out.
     A request sent again says so by `Idempotency-Key`, or as OpenAI's SDKs do by `X-Stainless-Retry-Count`.
-    Raises GatewayError for a turn type other than main or side, and an X-Train other than yes or no.
+    Raises GatewayError for a turn type other than main or side, an X-Train other than yes or no, and a user that no
+    journal can store.
     """
     kind, train = headers.get("x-turn-type", "main"), headers.get("x-train", "yes").strip().lower()
     if kind not in ("main", "side"):
@@ -57,13 +58,15 @@ def identify(headers: Mapping[str, str], body: Mapping[str, Any]) -> Identity:
     if train not in ("yes", "no"):  # what is meant as an opt-out must not be taken for none
         raise GatewayError(f"X-Train: {train!r} is unknown; use no, or leave it out", param="X-Train")
     user, key = str(body.get("user") or "local"), headers.get("idempotency-key")
+    if "\x00" in user or any("\ud800" <= letter <= "\udfff" for letter in user):
+        raise GatewayError(f"user {user!a} has a NUL or half a surrogate pair; leave it out", param="user")
     return Identity(
         user=user,
         session=headers.get("x-session-id") or None,
         kind=kind,
         source=headers.get("x-source", "chat"),
         group=headers.get("x-group"),
-        key=None if key is None else f"{user}:{key}",
+        key=None if key is None else json.dumps([user, key]),
         opts_out=train == "no",
         retried=headers.get("x-stainless-retry-count", "0") != "0",
     )
@@ -86,7 +89,14 @@ def digest(messages: Sequence[Message]) -> str:
     Left out: system messages, reasoning, tool-call ids; tool arguments are compared as values, content parts as text.
     """
     said = [_normal(message) for message in messages if message["role"] not in _UNSAID]
-    return hashlib.sha256(json.dumps(said, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+    text = json.dumps(said, ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()  # half a pair is valid JSON
+
+
+def request_digest(body: Mapping[str, Any]) -> str:
+    """A request's digest, the same for the same request sent again only: all that its prompt is made of, as it is."""
+    prompt = [body["messages"], body.get("tools") or [], body.get("chat_template_kwargs") or {}]
+    return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()
 
 
 def _normal(message: Message) -> list[Any]:

@@ -27,13 +27,14 @@ class Plan:
     events: tuple[VersionEvent, ...]  # to be recorded with it
     checkpoints: tuple[int, ...]  # to be deleted from disk
     pinned: tuple[int, ...]  # those of them that were to be kept for good
+    unknown: int = 0  # expired samples that versions learnt from: whether they were the user's is not known
 
     def records(self) -> tuple[VersionEvent | Pin, ...]:
         """What the journal takes in the same transaction; a pin holds nothing that is deleted."""
         return (*self.events, *(Pin(number, False, self.erasure.at) for number in self.pinned))
 
-    def told(self, *, done: bool) -> dict[str, Any]:
-        """The plan for JSON: what was done, or would be."""
+    def told(self, *, done: bool, unwiped: str | None = None) -> dict[str, Any]:
+        """The plan for JSON: what was done, or would be; `unwiped` says why deleted bytes are on disk still."""
         rejected = [event.version for event in self.events if event.state == "rejected"]
         return {
             "user": self.erasure.user,
@@ -45,6 +46,8 @@ class Plan:
             "rejected": rejected,
             "checkpoints": list(self.checkpoints),
             "pinned": list(self.pinned),
+            "unknown": self.unknown,
+            "unwiped": unwiped,
             "done": done,
         }
 
@@ -88,7 +91,7 @@ def plan(
     restored = registry.head if decided else None
     erasure = Erasure(user, session, content.turns, learnt, restored, at)
     pinned = sorted(carried & set(content.pinned))
-    return Plan(erasure, content.samples, tuple(decided), tuple(sorted(carried)), tuple(pinned))
+    return Plan(erasure, content.samples, tuple(decided), tuple(sorted(carried)), tuple(pinned), content.unknown)
 
 
 def _carries(registry: Registry, number: int, learnt: Collection[int]) -> bool:

@@ -348,7 +348,17 @@ class WeightStore:
                 await asyncio.to_thread(shutil.rmtree, self._folder / str(number))
         logger.warning("event=forgotten turns=%d restored=%s", planned.erasure.turns, planned.erasure.restored)
         await self._wake()
-        return planned.told(done=True)
+        return planned.told(done=True, unwiped=await self._scrub())
+
+    async def _scrub(self) -> str | None:
+        """Overwrite what was erased, last and without locks: it takes long, and can be repeated. Why it failed."""
+        try:
+            await self._journal.scrub.remote()
+        except Exception as error:
+            reason = str(getattr(error, "cause", None) or error)  # Ray's own message is a traceback
+            logger.error("event=scrub_failed reason=%r remedy='forget again'", reason)
+            return reason
+        return None
 
     # --- inside ---
 

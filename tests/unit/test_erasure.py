@@ -103,7 +103,16 @@ class TestOptOut:
         for train in (False, False, True, True):
             store.consent(word(train))
         assert [consent.train for _, consent in store.consents(0, 10)] == [False, True]
-        assert store.withdrawals() == 1
+        assert store.withdrawals() == 0, "there is nothing to withdraw"
+        store.append(turn("a"), turn("b"))
+        store.consent(word(False))
+        assert store.withdrawals() == 2
+
+    @pytest.mark.parametrize(("ended", "expected"), [(9.0, "s"), (10.0, "s"), (11.0, None)])
+    def test_the_newer_of_mark_and_turn_goes_on(self, store, ended, expected):
+        store.append(turn("a", conversation="digest", ended=ended), Consent("ann", "s", False, 10.0, "digest"))
+        store.append(turn("b", conversation="digest", kind="side"), turn("c", conversation="digest", user="bob"))
+        assert store.unrecorded("ann", "digest") == expected
 
     def test_marks_are_no_words(self, store):
         store.append(turn("a"), next_state("a"), sample("a"))
@@ -164,6 +173,7 @@ class TestErasure:
 
         assert all(map(found, needles)), "or the test could not fail"
         store.erase(erasure())
+        store.scrub()
         assert not any(map(found, needles))
         assert found(b"other words")
         assert store.turn("b") is not None
@@ -202,6 +212,17 @@ class TestErasure:
         assert store.content("ann", "unknown").turns == 0
         assert store.owners("s") == ["ann", "bob"]
 
+    def test_expired_samples_are_nobodys(self, store):
+        self.fill(store, many=4)
+        store.append(sample("no turn"))
+        store.record_version(version(1, "a", "b", "no turn"), None)
+        store.record_version(version(2, "0"), None)
+        assert store.content("ann", None).unknown == 0
+        store.erase(erasure("s"))
+        assert store.content("ann", None).unknown == 0, "what was erased is known to be"
+        store.expire(2e9, 0, 100)
+        assert store.content("ann", None).unknown == 2, "Bob's, who may have been anybody"
+
     def test_consumption_stays_unless_its_version_is_rejected(self, store):
         self.fill(store, many=4)
         store.record_version(version(1, "b"), None)
@@ -237,9 +258,16 @@ def test_look_ups_stay_on_their_index(store, path):
     statements = []
     event.listen(store.database.reader, "before_cursor_execute", lambda *args: statements.append(args[2:4]))
     store.unrecorded("ann", "c")
-    [(statement, parameters)] = statements
-    [plan] = rows_of(path, f"EXPLAIN QUERY PLAN {statement}", parameters)
-    assert plan[3].startswith("SEARCH consents USING INDEX consents_conversation_user ")
+    store.consents(7, 10)
+    store.held_out(10)
+    plans = [[plan[3] for plan in rows_of(path, f"EXPLAIN QUERY PLAN {one}", with_)] for one, with_ in statements]
+    assert [plans[0][0].partition(" (")[0], plans[0][2].partition(" (")[0]] == [
+        "SEARCH consents USING INDEX consents_conversation_user",
+        "SEARCH turns USING INDEX turns_conversation_user_kind_seq",
+    ]
+    assert plans[1] == ["SEARCH consents USING INDEX consents_conversation_seq (conversation=? AND seq>?)"]
+    assert plans[2][0] == "SEARCH samples USING INDEX samples_held_out_seq (held_out=?)"
+    assert not any("SCAN" in step or "TEMP" in step for plan in plans for step in plan)
 
 
 def rows_of(path: Path, query: str, parameters: tuple) -> list[tuple]:

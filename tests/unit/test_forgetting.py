@@ -6,17 +6,22 @@ from pathlib import Path
 
 import pytest
 from test_journal import next_state, sample, turn
+from test_recording import Local
 
 from clawrl import cli
+from clawrl.config import VersionsSection
 from clawrl.errors import ClawrlError
 from clawrl.journal import database
+from clawrl.journal.actor import Journal
 from clawrl.journal.erasure import Content
-from clawrl.journal.store import JournalStore
+from clawrl.journal.store import JournalReader, JournalStore
 from clawrl.training.forgetting import owner, plan
 from clawrl.training.versions import Registry
+from clawrl.training.weights import WeightStore
 from clawrl.types import Pin, VersionEvent, WeightVersion
 
 LINE = [WeightVersion(n, n - 1, "full", f"/gone/{n}", (), {}, float(n)) for n in range(1, 7)]
+WORDS = rb"Gr\u00fc\u00dfe"  # as JSON has them
 SERVED = [
     *(VersionEvent(n, "serving", "canary", 1.0) for n in range(1, 7)),
     *(VersionEvent(n, "retired", "overtaken", 1.0) for n in range(6)),
@@ -113,7 +118,7 @@ def test_a_stopped_run_forgets(run, capsys):
         assert [sample.id for _, sample in store.samples_to_train(0, 9)] == ["b"]
         assert Registry(store.versions(), store.version_events()).head == 1
         assert [found.restored for found in store.erasures()] == [1]
-    assert "Grüße".encode() not in (run / "journal.sqlite").read_bytes()
+    assert WORDS not in (run / "journal.sqlite").read_bytes()
 
 
 def test_without_yes_it_only_tells(run, capsys):
@@ -152,3 +157,51 @@ def test_a_run_in_use_is_left_alone(run, capsys, monkeypatch):
     with closing(JournalStore(f"sqlite:///{run}/journal.sqlite")):
         assert cli.main(["forget", "--run", str(run), "--user", "ann", "--yes"]) == 1
     assert "another process writes to this journal" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_scrub_that_fails_loses_nothing_and_can_be_repeated(run, capsys, monkeypatch):
+    monkeypatch.setattr(database, "_LOCK_WAIT_S", 0.1)
+    url = f"sqlite:///{run}/journal.sqlite"
+    with closing(JournalReader(url)) as reader, reader.database.snapshot() as looking:
+        looking.exec_driver_sql("SELECT 1 FROM turns").all()  # holds the write-ahead log
+        assert cli.main(["forget", "--run", str(run), "--user", "ann", "--retrain", "--yes"]) == 0
+        shown = capsys.readouterr().out
+        assert WORDS in (run / "journal.sqlite").read_bytes()
+    assert "erased 1 turns" in shown
+    assert "erased; free pages not overwritten yet: a reader holds the write-ahead log" in shown
+    assert shown.rstrip().endswith("; run again")
+    assert [path.name for path in (run / "versions").iterdir()] == ["1"]
+    assert forget(run, capsys, "--user", "ann", "--yes")["unwiped"] is None
+    assert not any(WORDS in path.read_bytes() for path in run.glob("journal.sqlite*"))
+
+
+async def test_a_running_store_and_its_journal_agree_when_a_scrub_fails(run, monkeypatch):
+    monkeypatch.setattr(database, "_LOCK_WAIT_S", 0.1)
+    url = f"sqlite:///{run}/journal.sqlite"
+    journal = Journal(url)
+    weights = WeightStore(VersionsSection(), Local(journal), str(run), "clawrl:tiny")
+    monkeypatch.setattr(weights, "_reject_damaged", _nothing)  # these checkpoints are too small to be whole
+    try:
+        with closing(JournalReader(url)) as reader, reader.database.snapshot() as looking:
+            looking.exec_driver_sql("SELECT 1 FROM turns").all()
+            told = await weights.forget(user="ann", retrain=True, yes=True)
+        assert "a reader holds the write-ahead log" in told["unwiped"]
+        assert (told["restored"], (await weights.latest()).number) == (1, 1)
+        assert [path.name for path in (run / "versions").iterdir()] == ["1"]
+        assert Registry(await journal.versions(), await journal.version_events()).head == 1
+        assert (await weights.forget(user="ann", yes=True))["unwiped"] is None
+    finally:
+        await journal.close()
+
+
+async def _nothing(_: Registry) -> None: ...
+
+
+def test_what_expired_is_told(run, capsys):
+    assert forget(run, capsys, "--user", "ann")["unknown"] == 0
+    with closing(JournalStore(f"sqlite:///{run}/journal.sqlite")) as store:
+        store.append(turn("b", user="bob", ended=1.0))
+        store.expire(2.0, 0, 10)
+    assert forget(run, capsys, "--user", "ann")["unknown"] == 1
+    assert cli.main(["forget", "--run", str(run), "--user", "ann"]) == 0
+    assert "1 samples that versions learnt from are older than journal.keep_days" in capsys.readouterr().out

@@ -1,10 +1,11 @@
 """What a request must hold before anything is generated or journalled."""
 
 import pytest
+from fastapi import Request
 
 from clawrl.config import PolicySection
 from clawrl.errors import GatewayError
-from clawrl.serving.gateway import validate_chat
+from clawrl.serving.gateway import read_json, validate_chat
 
 USER = {"role": "user", "content": "hi"}
 SETTINGS = PolicySection(served_name="clawrl")
@@ -41,3 +42,38 @@ def test_a_plain_request_passes_and_gets_the_served_model():
     body = {"messages": [USER], "max_tokens": None, "temperature": 0, "n": 1, "unknown_key": {"is": "tolerated"}}
     validate_chat(body, SETTINGS)
     assert body["model"] == "clawrl"
+
+
+class Upload:
+    """A chunked body, which says no length."""
+
+    def __init__(self, *parts: bytes) -> None:
+        self.left = list(parts)
+
+    def request(self, **headers: str) -> Request:
+        sent = {
+            "content-type": "application/json",
+            **{name.replace("_", "-"): value for name, value in headers.items()},
+        }
+        raw = [(name.encode(), value.encode()) for name, value in sent.items()]
+        return Request({"type": "http", "headers": raw}, self._receive)
+
+    async def _receive(self) -> dict:
+        body = self.left.pop(0)
+        return {"type": "http.request", "body": body, "more_body": bool(self.left)}
+
+
+async def test_a_chunked_body_is_read_no_further_than_its_limit():
+    upload = Upload(b'"', *[b"x" * 2**19] * 100)
+    with pytest.raises(GatewayError, match="larger than 1 MiB; send less history") as caught:
+        await read_json(upload.request(), 1)
+    assert caught.value.status == 413
+    assert len(upload.left) == 98
+    with pytest.raises(GatewayError, match="larger than 1 MiB"):
+        await read_json(Upload().request(content_length=str(2**20 + 1)), 1)
+
+
+async def test_a_body_in_pieces_is_one():
+    assert await read_json(Upload(b'{"a":', b"", b" 1}").request(), 1) == {"a": 1}
+    with pytest.raises(GatewayError, match="the body is not valid JSON"):
+        await read_json(Upload(b"{").request(), 1)

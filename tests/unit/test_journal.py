@@ -14,6 +14,7 @@ from clawrl.journal import database, queues
 from clawrl.journal.store import JournalReader, JournalStore
 from clawrl.types import (
     Capture,
+    Consent,
     Distillation,
     Feedback,
     GateCheck,
@@ -411,14 +412,40 @@ class TestRepeatedRequests:
         store.append(turn("t", request="r", started=20.0), NextState("t", "user", (), False, 1.0))
         assert store.repeated_turn("ann", "r", since=0.0) is None
 
+    @pytest.mark.parametrize("other", [{"kind": "side"}, {"source": "terminal"}, {"group": "g"}, {"session": "other"}])
+    def test_a_retry_is_of_the_same_kind(self, store, other):
+        store.append(turn("t", request="r", started=20.0))
+        assert store.repeated_turn("ann", "r", since=0.0, **{"session": "s", **other}) is None
+        assert store.repeated_turn("ann", "r", since=0.0, session="s") is not None
+        store.append(turn("u", request="r", started=20.0, **other))
+        found = store.repeated_turn("ann", "r", since=0.0, **other)
+        assert found is not None
+        assert found.id == "u"
+
+    def test_a_withdrawn_turn_is_not_repeated(self, store):
+        store.append(turn("t", request="r", key="k", started=20.0))
+        store.consent(Consent("ann", None, False, 1.0))
+        assert store.repeated_turn("ann", "r", since=0.0) is None
+        assert store.keyed_turn("k") is None
+
     def test_a_key_is_stored_once(self, store):
         store.append(turn("one", key="ann:k"))
         store.append(turn("two", key="ann:k"))
         found = store.keyed_turn("ann:k")
         assert found is not None
         assert found.id == "one"
-        assert store.turn("two") is None
         assert store.keyed_turn("ann:other") is None
+
+    def test_a_turn_whose_key_another_has_is_kept_without_it(self, store):
+        store.append(turn("one", key="k"))
+        store.append(turn("two", key="k"), turn("three", key="l"), turn("four", key="l"), turn("five"))
+        store.append(turn("two", key="k"), turn("one", key="k"))
+        keys = rows(store, "SELECT id, key FROM turns ORDER BY seq")
+        assert keys == [("one", "k"), ("two", None), ("three", "l"), ("four", None), ("five", None)]
+
+    def test_two_in_one_commit(self, store):
+        assert store.commit([store.appending(turn(id, key="k")) for id in "ab"]) == [None, None]
+        assert rows(store, "SELECT id, key FROM turns ORDER BY seq") == [("a", "k"), ("b", None)]
 
 
 class TestOpening:

@@ -9,6 +9,7 @@ from test_journal import judgement, next_state, turn
 
 from clawrl.journal import actor
 from clawrl.journal.actor import Journal
+from clawrl.types import Consent
 
 
 @pytest.fixture
@@ -46,3 +47,16 @@ async def test_old_turns_expire_while_appends_go_on(url, monkeypatch):
         assert await journal.turn("young") is not None
     finally:
         await journal.close()
+
+
+async def test_a_mark_wakes_nobody_who_waits_for_words(journal, monkeypatch):
+    reads = []
+    consents = journal._store.consents
+    monkeypatch.setattr(journal._store, "consents", lambda *asked: reads.append(asked) or consents(*asked))
+    polling = asyncio.create_task(journal.consents(0, 10, 20))
+    for number in range(3):
+        await journal.append(Consent("ann", "s", False, 1.0, f"digest {number}"))
+    assert (await journal.open_turn("ann", "digest 1")) == ("", "s", 0)
+    assert len(reads) == 1
+    await journal.consent("ann", False)
+    assert [word.user for _, word in await polling] == ["ann"]

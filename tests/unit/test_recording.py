@@ -313,6 +313,63 @@ def test_a_redacted_reply_is_not_replayed(tmp_path, stream):
             await _talk(clawrl, first, f"use {KEY}", stream=stream, idempotency_key="k")
             await _talk(clawrl, again, f"use {KEY}", stream=stream, idempotency_key="k")
             assert KEY in again[-1]["content"]
-            assert len(clawrl.recorded()) == 1
+            assert clawrl.rows("SELECT key FROM turns") == [('["ann", "k"]',), (None,)], "both were answered"
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("mark", [{"idempotency_key": "k"}, {"x_stainless_retry_count": "1"}], ids=["key", "retry"])
+def test_a_retry_is_answered_from_the_journal_unless_its_user_opted_out(tmp_path, stream, mark):
+    async def scenario():
+        async with door(tmp_path, replicas=2) as clawrl:
+            for gateway in clawrl._gateways[1:]:
+                gateway._following.cancel()  # it hears of nothing
+            first, again, heard, unheard = [], [], [], []
+            await _talk(clawrl, [], "so that its next answer is its second", stream=stream, replica=1, user="bob")
+            await _talk(clawrl, [], "so are those of the first", stream=stream)
+            await _talk(clawrl, [], "and its third", stream=stream)
+            await _talk(clawrl, first, "one", stream=stream, **mark)
+            await _talk(clawrl, again, "one", stream=stream, **mark)
+            assert again == first
+            await clawrl.journal.consent("ann", False)
+            await clawrl.heard("ann")
+            await _talk(clawrl, heard, "one", stream=stream, **mark)
+            await _talk(clawrl, unheard, "one", stream=stream, replica=1, **mark)
+            assert heard != first
+            assert unheard != first
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("words", [{"user": "bob"}, {"x_session_id": "t"}, {"x_source": "x"}, {"x_turn_type": "side"}])
+def test_a_retry_of_another_request_is_answered_anew(tmp_path, stream, words):
+    async def scenario():
+        async with door(tmp_path) as clawrl:
+            first, again = [], []
+            await _talk(clawrl, first, "one", stream=stream)
+            await _talk(clawrl, again, "one", stream=stream, x_stainless_retry_count="1", **words)
+            assert again != first
+            assert clawrl.recorded() == ["one", "one"]
+
+    run(scenario)
+
+
+def test_conversations_that_opt_out_leave_no_word_each_and_withdraw_nothing(tmp_path, stream):
+    async def scenario():
+        async with door(tmp_path, replicas=2) as clawrl:
+            await _talk(clawrl, [], "recorded", stream=stream)
+            conversations: list[list] = [[], [], []]
+            for messages in conversations:
+                for text, how in (("secret", {"x_train": "no"}), ("secret still", {"x_train": "no"})):
+                    assert await _talk(clawrl, messages, text, stream=stream, **how)
+            assert await clawrl.journal.withdrawals(-1, 0) == 0
+            assert clawrl.rows("SELECT session FROM consents WHERE conversation IS NULL") == [("",)]
+            async with asyncio.timeout(10):
+                while not clawrl._gateways[1]._opt_outs.concern("ann"):  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            assert await _talk(clawrl, conversations[0], "the secret goes on", stream=stream, replica=1)
+            assert not await _talk(clawrl, [], "recorded too", stream=stream)
+            assert clawrl.recorded() == ["recorded", "recorded too"]
+            assert b"secret" not in clawrl.files()
 
     run(scenario)

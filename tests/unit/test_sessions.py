@@ -3,7 +3,7 @@
 import pytest
 
 from clawrl.errors import GatewayError
-from clawrl.serving.sessions import continuation, digest, identify
+from clawrl.serving.sessions import continuation, digest, identify, request_digest
 
 USER = {"role": "user", "content": "two plus two?"}
 REPLY = {"role": "assistant", "content": "four"}
@@ -75,6 +75,15 @@ def test_an_unknown_turn_type_is_refused():
         identify({"x-turn-type": "maine"}, {})
 
 
+@pytest.mark.parametrize("user", ["a\x00b", "\ud83d", "Grüße \udc00"])
+def test_a_user_that_cannot_be_stored_is_refused(user):
+    with pytest.raises(GatewayError, match="NUL or half a surrogate pair") as caught:
+        identify({}, {"user": user})
+    assert (caught.value.status, caught.value.param) == (400, "user")
+    assert str(caught.value).encode()
+    assert identify({}, {"user": "Grüße \U0001f600"}).user == "Grüße \U0001f600"
+
+
 def test_a_retry_says_so():
     assert not identify({}, {}).retried
     assert not identify({"x-stainless-retry-count": "0"}, {}).retried
@@ -85,3 +94,29 @@ def test_an_idempotency_key_belongs_to_its_user():
     assert identify({}, {}).key is None
     mine, yours = (identify({"idempotency-key": "k"}, {"user": user}).key for user in ("ann", "bob"))
     assert mine != yours
+    assert (
+        identify({"idempotency-key": "c"}, {"user": "a:b"}).key
+        != identify({"idempotency-key": "b:c"}, {"user": "a"}).key
+    )
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"messages": [{"role": "system", "content": "be brief"}, USER]},
+        {"messages": [{"role": "user", "content": " two plus two?"}]},
+        {"messages": [USER], "tools": [{"type": "function", "function": {"name": "calc"}}]},
+        {"messages": [USER], "chat_template_kwargs": {"enable_thinking": False}},
+    ],
+)
+def test_a_request_is_the_same_if_all_of_its_prompt_is(other):
+    assert request_digest(other) != request_digest({"messages": [USER]})
+    assert request_digest({"messages": [dict(reversed(USER.items()))], "tools": [], "stream": True}) == request_digest(
+        {"messages": [USER]}
+    )
+
+
+def test_half_a_surrogate_pair_has_a_digest():
+    half = [{"role": "user", "content": "\ud83d"}]
+    assert digest(half) != digest([{"role": "user", "content": "\ud83c"}])
+    assert request_digest({"messages": half})

@@ -37,6 +37,7 @@ class Listener:
             log_level="warning",
             timeout_graceful_shutdown=int(STOP_S),
             server_header=False,
+            proxy_headers=False,  # the peer is who is connected, whoever else a header names
         )
         self._server = _Server(config)
         self._serving = asyncio.get_running_loop().create_task(self._server.serve(sockets=[self._socket]))

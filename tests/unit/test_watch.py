@@ -164,6 +164,7 @@ class Actors:
         ]
         self._fails, self.withdrawn, self.states = fails, [], dict.fromkeys({0, *versions}, "serving")
         self.asked: list[int | None] = []
+        self.done = asyncio.Event()
 
     def _fail_once(self, name: str) -> None:
         if name in self._fails:
@@ -178,6 +179,7 @@ class Actors:
         self.asked.append(after)
         found = [turn for turn in self._turns if turn[0] > after][:limit]
         if not found:
+            self.done.set()
             await asyncio.sleep(timeout_s)
         return found
 
@@ -198,8 +200,7 @@ async def test_what_fails_is_done_again_and_every_turn_is_taken_once(monkeypatch
     said = [*scores(rng, 0.8, 600), *scores(rng, -0.8, 200)]
     actors = Actors([1] * 600 + [2] * 200, [float(score) for score in said], set(fails))
     watching = Watch(SETTINGS, Handle(actors), Handle(actors))
-    while not actors.asked or actors.asked[-1] != 800:
-        await asyncio.sleep(0.01)
+    await asyncio.wait_for(actors.done.wait(), 20)
     turns = (await watching.stats())["turns"]
     await watching.close()
     assert [(decision.version, decision.passed) for decision in actors.withdrawn] == [(2, False)]

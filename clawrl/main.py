@@ -125,8 +125,9 @@ class System:
         serve.run(application, name=app.APPLICATION, logging_config=_QUIET_SERVE)
         judge = serve.get_deployment_handle("judge", app.APPLICATION)
         policy = serve.get_deployment_handle("policy", app.APPLICATION)
-        share = config.gate.held_out_share if config.gate.enabled else 0.0
-        self._actor("collector", self.collector, journal, judge, policy, config.judge, config.learning, share)
+        self._actor(
+            "collector", self.collector, journal, judge, policy, config.judge, config.learning, config.gate.share
+        )
         self._actor("watch", Watch, config.gate, journal, store)
         loop = TrainLoop(
             config.trainer, config.learning, config.versions, config.policy.model, buffer, store, journal, config.gate

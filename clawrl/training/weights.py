@@ -18,7 +18,7 @@ import asyncio
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +34,8 @@ from clawrl.training.checkpoint import (
     model_folder,
     read_buckets,
     read_canary,
+    remove_states,
+    remove_unfinished,
     require_whole,
     write_canary,
     write_checkpoint,
@@ -528,6 +530,14 @@ class WeightStore:
             for number in set(self._canaries) - stay:
                 del self._canaries[number]
             await asyncio.to_thread(_remove_others, self._folder, stay)
+
+    def _remove_traces(self, registry: Registry, numbers: Collection[int]) -> None:
+        """Remove from disk what the trainer kept with these versions, and with one that it did not get recorded.
+
+        For who holds `_offering`: also what is half written.
+        """
+        remove_states(self._folder.parent / "trainer", {*numbers, registry.next_number})
+        remove_unfinished(self._folder)
 
 
 def _put_all(folder: Path, bucket_bytes: int) -> list[ray.ObjectRef]:

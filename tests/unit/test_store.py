@@ -106,3 +106,15 @@ async def test_what_an_offer_has_just_written_is_not_taken_for_old(store, tmp_pa
     monkeypatch.setattr(weights, "_remove_others", remove_slowly)
     assert await asyncio.gather(offer(store, 1), offer(store, 2)) == [True, True]
     assert (tmp_path / "versions" / "2").is_dir()
+
+
+async def test_nothing_of_a_forgotten_version_is_left_of_the_trainers_state(store, tmp_path):
+    names = {"1-from-0", "2-from-1", "3-from-2", "12-from-11", ".3-from-2.unfinished", ".13-from-1.unfinished"}
+    for name in names:
+        (tmp_path / "trainer" / name).mkdir(parents=True)
+    await offer(store, 1)
+    await offer(store, 2)  # and 3 was never recorded
+    (tmp_path / "versions" / ".3.unfinished").mkdir()
+    store._remove_traces(await store._known(), [2])
+    assert {path.name for path in (tmp_path / "trainer").iterdir()} == {"1-from-0", "12-from-11"}
+    assert {path.name for path in (tmp_path / "versions").iterdir()} == {"2"}

@@ -1,6 +1,6 @@
 """The program on one screen: what is started, in which order, under which names, and how it all ends.
 
-    check ─► Ray ─► journal ─► weight store, buffer ─► gateway · policy · judge (Serve) ─► collector ─► trainer
+    check ─► run ─► Ray ─► journal ─► weight store, buffer ─► gateway · policy · judge (Serve) ─► collector ─► trainer
 
 Knows every component's constructor and share of the machine; nothing else does. Ignores what they do.
 """
@@ -207,6 +207,8 @@ def check(config: Config) -> None:
             raise ConfigError(
                 f"gateway.port={port} on {host} cannot be bound: {error.strerror}; stop what uses it or set another"
             ) from error
+    if config.journal.url != "sqlite":
+        _known_versions(config.journal.url)
     root = Path(config.run_root).resolve()
     existing = next(folder for folder in (root, *root.parents) if folder.exists())
     free = shutil.disk_usage(existing).free // 2**20
@@ -268,11 +270,7 @@ def _require_model(config: Config, folder: Path) -> None:
 
 def _require_journal(config: Config, folder: Path) -> None:
     """Raises ConfigError if the journal cannot be written, or tells of other versions than those in the folder."""
-    try:
-        with closing(JournalStore(journal_url(config, folder))) as journal:
-            known = journal.counts()["versions"]
-    except JournalError as error:
-        raise ConfigError(f"journal.url: {error}") from error
+    known = _known_versions(journal_url(config, folder))
     versions = folder / "versions"
     if known and not versions.is_dir():
         raise ConfigError(
@@ -286,6 +284,15 @@ def _require_journal(config: Config, folder: Path) -> None:
             f"run {folder.name} has version {newest} and journal.url knows {known}, so numbers would be used twice; "
             "import that run's journal first (`clawrl journal import`), or set run=new"
         )
+
+
+def _known_versions(url: str) -> int:
+    """How many versions a journal tells of. Raises ConfigError if it cannot be written."""
+    try:
+        with closing(JournalStore(url)) as journal:
+            return journal.counts()["versions"]
+    except JournalError as error:
+        raise ConfigError(f"journal.url: {error}") from error
 
 
 def journal_url(config: Config, folder: Path) -> str:

@@ -97,6 +97,15 @@ def test_a_new_run_with_the_journal_of_another_leaves_everything_as_it_was(tmp_p
     assert opened(tmp_path) == first
 
 
+def test_a_database_that_cannot_be_used_is_told_first(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with pytest.raises(ConfigError, match=r"journal\.url"):
+        check(config(tmp_path / "runs", gateway={"port": port}, journal={"url": "sqlite:////nowhere/at/all.sqlite"}))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_first_run_that_is_refused_leaves_nothing(tmp_path):
     with pytest.raises(ConfigError, match=r"journal\.url"):
         open_run(config(tmp_path, journal={"url": "sqlite:////nowhere/at/all.sqlite"}))

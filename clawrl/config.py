@@ -173,7 +173,7 @@ class TrainerSection(Section):
         default="float32", description="Compute type; master weights are float32."
     )
     activation_checkpointing: bool = False
-    max_failures: int = Field(default=3, ge=0, description="Restarts of the worker group before the run fails.")
+    max_failures: int = Field(default=3, ge=0, description="Restarts by a controller, and of controllers in a row.")
     checkpoint_every: int = Field(
         default=1, ge=0, description="Optimizer state is kept with every so many versions (0: never)."
     )
@@ -219,6 +219,11 @@ class GateSection(Section):
     max_repetition: float = Field(default=0.2, gt=0, le=1, description="Rise of the share of repeated 4-grams.")
     tolerance: float = Field(default=0.1, ge=0, description="Fall of the mean score (on -1..1) that is let pass.")
     false_alarm_turns: float = Field(default=2000, gt=1, description="Judged turns to a false rollback, in the mean.")
+
+    @property
+    def share(self) -> float:
+        """Of the sessions that measure; none where there is no gate."""
+        return self.held_out_share if self.enabled else 0.0
 
 
 class ChatSection(Section):

@@ -1,6 +1,6 @@
 """The program on one screen: what is started, in which order, under which names, and how it all ends.
 
-    check ─► Ray ─► journal ─► weight store, buffer ─► gateway · policy · judge (Serve) ─► collector ─► trainer
+    check ─► run ─► Ray ─► journal ─► weight store, buffer ─► gateway · policy · judge (Serve) ─► collector ─► trainer
 
 Knows every component's constructor and share of the machine; nothing else does. Ignores what they do.
 """
@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -70,7 +71,8 @@ class System:
     def __init__(self, config: Config, run_directory: Path, owns_ray: bool) -> None:
         self.config = config
         self.run_directory = run_directory
-        self.url = f"http://{config.gateway.host}:{config.gateway.port}/v1"
+        host = config.gateway.host
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{config.gateway.port}/v1"
         self.actors: dict[str, Any] = {}
         self.training: Any = None  # reference to the trainer's end
         self._owns_ray = owns_ray
@@ -99,17 +101,7 @@ class System:
     def _start_components(self, say: Callable[[str], None]) -> None:
         config = self.config
         say("opening the journal")
-        url = config.journal.url
-        if url == "sqlite":
-            url = f"sqlite:///{self.run_directory / 'journal.sqlite'}"
-        journal = self._actor("journal", Journal, url, config.journal.keep_days)
-        counts: dict[str, int] = ray.get(journal.counts.remote())
-        known = counts["versions"]
-        if known and not (self.run_directory / "versions").is_dir():
-            raise ConfigError(
-                f"journal.url holds {known} versions of another run, whose weights are not in {self.run_directory}; "
-                "set run to that run's folder, or name an empty database"
-            )
+        journal = self._actor("journal", Journal, journal_url(config, self.run_directory), config.journal.keep_days)
         ray.get([journal.consent.remote(user=user, train=False) for user in config.privacy.opt_out_users])
         store = self._actor(
             "weights", WeightStore, config.versions, journal, str(self.run_directory), config.policy.model
@@ -133,8 +125,9 @@ class System:
         serve.run(application, name=app.APPLICATION, logging_config=_QUIET_SERVE)
         judge = serve.get_deployment_handle("judge", app.APPLICATION)
         policy = serve.get_deployment_handle("policy", app.APPLICATION)
-        share = config.gate.held_out_share if config.gate.enabled else 0.0
-        self._actor("collector", self.collector, journal, judge, policy, config.judge, config.learning, share)
+        self._actor(
+            "collector", self.collector, journal, judge, policy, config.judge, config.learning, config.gate.share
+        )
         self._actor("watch", Watch, config.gate, journal, store)
         loop = TrainLoop(
             config.trainer, config.learning, config.versions, config.policy.model, buffer, store, journal, config.gate
@@ -206,7 +199,7 @@ def check(config: Config) -> None:
             raise ConfigError(f"{section}.model: {error}") from None
     Redactor(config.privacy)
     host, port = config.gateway.host, config.gateway.port
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -215,10 +208,7 @@ def check(config: Config) -> None:
                 f"gateway.port={port} on {host} cannot be bound: {error.strerror}; stop what uses it or set another"
             ) from error
     if config.journal.url != "sqlite":
-        try:
-            JournalStore(config.journal.url).close()
-        except JournalError as error:
-            raise ConfigError(f"journal.url: {error}") from error
+        _known_versions(config.journal.url)
     root = Path(config.run_root).resolve()
     existing = next(folder for folder in (root, *root.parents) if folder.exists())
     free = shutil.disk_usage(existing).free // 2**20
@@ -229,31 +219,85 @@ def check(config: Config) -> None:
 
 
 def open_run(config: Config) -> tuple[Path, TextIO]:
-    """The run's folder, new or continued, and the lock on it. Raises ConfigError if it cannot be had."""
+    """The run's folder, new or continued, and the lock on it; `latest` names it from now on.
+
+    Raises ConfigError if it cannot be had or does not go with the model or the journal; then all is as it was.
+    """
     try:
-        folder = observe.open_run(config.run_root, config.run)
-        lock = observe.lock_run(folder)
-    except BlockingIOError:
-        raise ConfigError(
-            f"run {folder.name} under run_root={config.run_root!r} is in use by another clawrl; stop it or set run=new"
-        ) from None
+        folder, new = observe.open_run(config.run_root, config.run)
     except FileNotFoundError as error:
         raise ConfigError(f"run={config.run!r}: {error.filename} does not exist; set run=new or run=latest") from error
     except OSError as error:
-        raise ConfigError(
-            f"run_root={config.run_root!r} cannot be written: {error.strerror}; choose another"
-        ) from error
+        raise _unwritable(config, error) from error
+    lock = None
+    try:
+        lock = observe.lock_run(folder)
+        _require_model(config, folder)
+        _require_journal(config, folder)
+        observe.point_latest(config.run_root, folder)
+    except BaseException as error:
+        if lock is not None:
+            lock.close()
+        if new:
+            shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, BlockingIOError):
+            raise ConfigError(
+                f"run {folder.name} under run_root={config.run_root!r} is in use by another clawrl; "
+                "stop it or set run=new"
+            ) from None
+        if isinstance(error, OSError):
+            raise _unwritable(config, error) from error
+        raise
+    return folder, lock
+
+
+def _unwritable(config: Config, error: OSError) -> ConfigError:
+    return ConfigError(f"run_root={config.run_root!r} cannot be written: {error.strerror}; choose another")
+
+
+def _require_model(config: Config, folder: Path) -> None:
+    """Raises ConfigError if the run's versions are trained from another model."""
     about = folder / "run.json"
     if not about.exists():
         about.write_text(json.dumps({"model": config.policy.model}) + "\n")
     began_with = json.loads(about.read_text())["model"]
     if began_with != config.policy.model:
-        lock.close()
         raise ConfigError(
             f"run {folder.name} began with policy.model={began_with!r} and its versions are trained from it; "
             f"set run=new for {config.policy.model!r}"
         )
-    return folder, lock
+
+
+def _require_journal(config: Config, folder: Path) -> None:
+    """Raises ConfigError if the journal cannot be written, or tells of other versions than those in the folder."""
+    known = _known_versions(journal_url(config, folder))
+    versions = folder / "versions"
+    if known and not versions.is_dir():
+        raise ConfigError(
+            f"journal.url holds {known} versions of another run, whose weights are not in {folder}; "
+            "set run to that run's folder, or name an empty database"
+        )
+    names = [path.name for path in versions.iterdir()] if versions.is_dir() else []
+    newest = max((int(name) for name in names if name.isdigit()), default=0)
+    if newest > known + 1:  # a crash may have left one that was not recorded
+        raise ConfigError(
+            f"run {folder.name} has version {newest} and journal.url knows {known}, so numbers would be used twice; "
+            "import that run's journal first (`clawrl journal import`), or set run=new"
+        )
+
+
+def _known_versions(url: str) -> int:
+    """How many versions a journal tells of. Raises ConfigError if it cannot be written."""
+    try:
+        with closing(JournalStore(url)) as journal:
+            return journal.counts()["versions"]
+    except JournalError as error:
+        raise ConfigError(f"journal.url: {error}") from error
+
+
+def journal_url(config: Config, folder: Path) -> str:
+    """SQLAlchemy's URL of a run's journal, which is in its folder unless another is named."""
+    return config.journal.url if config.journal.url != "sqlite" else f"sqlite:///{folder / 'journal.sqlite'}"
 
 
 def join_ray() -> bool:

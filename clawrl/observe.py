@@ -60,19 +60,19 @@ def set_up_logging(level: int = logging.INFO) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
-def open_run(root: str | Path, run: str) -> Path:
-    """The folder of a run: `new` makes one, `latest` is the newest or the first, anything else a folder's name.
+def open_run(root: str | Path, run: str) -> tuple[Path, bool]:
+    """The folder of a run, and whether it was made now; `point_latest` makes it the one to go on with.
 
-    Raises OSError as the file system gives it; FileNotFoundError for a named run that is not there.
+    `new` makes one, `latest` is the newest or the first, anything else a folder's name. Raises OSError as the file
+    system gives it; FileNotFoundError for a named run that is not there.
     """
     root = Path(root).resolve()
     if run == "new" or (run == "latest" and not (root / "latest").exists()):
-        return new_run_directory(root)
+        return new_run_directory(root), True
     folder = (root / run).resolve()
     if not folder.is_dir():
         raise FileNotFoundError(2, "no such run", str(folder))
-    _point_latest(root, folder)
-    return folder
+    return folder, False
 
 
 def lock_run(folder: Path) -> TextIO:
@@ -90,7 +90,7 @@ def lock_run(folder: Path) -> TextIO:
 
 
 def new_run_directory(root: str | Path) -> Path:
-    """Make `root/<UTC time>` (with a suffix if taken) and point `root/latest` at it.
+    """Make `root/<UTC time>` (with a suffix if taken).
 
     Raises OSError as the file system gives it (no space, no permission).
     """
@@ -103,14 +103,13 @@ def new_run_directory(root: str | Path) -> Path:
             folder.mkdir()
         except FileExistsError:
             continue
-        break
-    else:
-        raise FileExistsError(f"{root} has a hundred runs named {stamp}")
-    _point_latest(root, folder)
-    return folder
+        return folder
+    raise FileExistsError(f"{root} has a hundred runs named {stamp}")
 
 
-def _point_latest(root: Path, folder: Path) -> None:
+def point_latest(root: str | Path, folder: Path) -> None:
+    """Make `root/latest` name this run. Raises OSError as the file system gives it."""
+    root = Path(root).resolve()
     fresh = root / f".latest-{folder.name}"
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(folder.relative_to(root) if folder.is_relative_to(root) else folder)

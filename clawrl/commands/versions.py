@@ -67,10 +67,15 @@ def _versions(options: argparse.Namespace) -> int:
             _shown(entry["metrics"].get("loss")),
             _shown(entry["metrics"].get("kl")),
             "pinned" if entry["pinned"] else "yes" if entry["on_disk"] else "",
-            escape(entry["reason"] if decision is None else f"{entry['reason']}; gate: {decision['reason']}"),
+            escape(entry["reason"] if decision is None else f"{entry['reason']}; {_decided(decision)}"),
         )
     Console().print(table)
     return 0
+
+
+def _decided(decision: dict[str, Any]) -> str:
+    """The latest decision on a version, and who took it."""
+    return f"{'gate' if decision['stage'] == 'before' else 'watch'}: {decision['reason']}"
 
 
 def _rollback(options: argparse.Namespace) -> int:

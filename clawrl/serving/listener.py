@@ -40,6 +40,7 @@ class Listener:
             timeout_graceful_shutdown=int(STOP_S),
             timeout_keep_alive=KEEP_ALIVE_S,
             server_header=False,
+            proxy_headers=False,  # the peer is who is connected, whoever else a header names
         )
         self._server = _Server(config)
         self._serving = asyncio.get_running_loop().create_task(self._server.serve(sockets=[self._socket]))

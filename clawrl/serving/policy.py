@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError
 
 from clawrl.config import PolicySection
 from clawrl.errors import PolicyError
@@ -28,6 +27,7 @@ from clawrl.types import Publication, Swap
 log = logging.getLogger(__name__)
 
 WAIT_S = 30.0  # one long poll for the next version
+RETRY_S = 1.0
 
 
 class Policy(Scorer):
@@ -109,29 +109,43 @@ class Policy(Scorer):
         while self._failure is None:
             try:
                 await self._follow(timeout_s=WAIT_S)
-            except RayActorError as error:
-                log.warning("event=store_unreachable replica=%s error=%s", self.replica, type(error).__name__)
-                await asyncio.sleep(1.0)
             except Exception as error:
-                log.exception("event=swap_failed replica=%s", self.replica)
-                self._failure = error
+                log.warning("event=follow_waits replica=%s error=%s", self.replica, type(error).__name__)
+                await asyncio.sleep(RETRY_S)
 
     async def _follow(self, timeout_s: float) -> None:
         publication: Publication | None = await self._store.wait.remote(self.replica, self._engine.version, timeout_s)
         if publication is None or publication.number == self._engine.version:
             return
-        swap = await self._take_over(publication)
-        await self._store.report.remote(swap)
+        await self._report(await self._take_over(publication))
+
+    async def _report(self, swap: Swap) -> None:
+        """Tell the store until it has taken it: a version that nobody reports never proves itself."""
+        while True:
+            try:
+                return await self._store.report.remote(swap)
+            except Exception as error:
+                log.warning("event=report_waits replica=%s error=%s", self.replica, type(error).__name__)
+                await asyncio.sleep(RETRY_S)
 
     async def _take_over(self, publication: Publication) -> Swap:
+        """Serve another version. What fails before the engine is touched is asked for again; later, the weights are
+        uncertain and the replica is given up."""
         if self._canary_logprobs is None:
             self._canary_logprobs = await self._engine.canary_logprobs(publication.canary)
         before = self._canary_logprobs
-        for index in range(publication.num_buckets):  # bring them to this machine before anything is paused
-            (ref,) = await self._store.bucket.remote(publication.number, index)
-            await asyncio.to_thread(ray.wait, [ref], fetch_local=True)
-        stall_ms = await self._engine.take_over(publication.number, publication.num_buckets)
-        after = self._canary_logprobs = await self._engine.canary_logprobs(publication.canary)
+        near: list[ray.ObjectRef] = []  # on this machine before anything is paused, and until the swap is over
+        for index in range(publication.num_buckets):
+            near += await self._store.bucket.remote(publication.number, index)
+            await asyncio.to_thread(ray.wait, near[-1:], fetch_local=True)
+        try:
+            stall_ms = await self._engine.take_over(publication.number, publication.num_buckets)
+            after = self._canary_logprobs = await self._engine.canary_logprobs(publication.canary)
+        except Exception as error:
+            log.exception("event=swap_failed replica=%s", self.replica)
+            self._failure = error
+            raise
+        near.clear()
         error, moved = _largest_gap(after, publication.canary.logprobs), _largest_gap(after, before)
         metric("policy/stall_s").observe(stall_ms / 1000)
         metric("policy/version_num").set(publication.number)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,22 @@ def require_whole(folder: Path) -> None:
             _read_header(folder / file)
     if read_canary(folder) is None:
         raise WeightSyncError(f"checkpoint {folder} has no {_CANARY}; restore it or roll back")
+
+
+def remove_states(folder: Path, numbers: Collection[int]) -> None:
+    """Remove what `resume` keeps of the trainer's state with these versions, and all that is only half written.
+
+    A state that is being written right now is lost too, which costs the exactness of a restart and nothing else.
+    """
+    for state in [path for number in numbers for path in folder.glob(f"{number}-from-*")]:
+        shutil.rmtree(state, ignore_errors=True)
+    remove_unfinished(folder)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a crash left half written."""
+    for left in folder.glob(".*.unfinished"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def export_checkpoint(source: Path, destination: Path) -> None:

@@ -32,6 +32,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from ray.exceptions import ActorDiedError
 from ray.train.torch import TorchTrainer
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -52,6 +53,8 @@ TAKE_TIMEOUT_S = 2.0
 
 LONGEST_PAUSE_S = 30.0
 """Between a worker group that failed and the next."""
+
+RETRY_S = 2.0
 
 COLLECTIVE_TIMEOUT_S = 600
 """A rank that answers no collective for so long is taken for dead."""
@@ -94,22 +97,34 @@ def run_trainer(
 ) -> None:
     """Train until the buffer closes. Blocks; whatever ends a worker group or its controller, another one goes on.
 
-    Raises what ended the last group when `max_failures` groups in a row made no version.
+    A controller makes up to `max_failures` new groups by itself, which is quicker than a new controller. Raises what
+    ended the last controller when more than `max_failures` of them failed since the newest version was made, or the
+    store is gone for good.
     """
-    failures = 0
+    failures, known = 0, _next_number(loop.store)
     while True:
-        before: Head = ray.get(loop.store.latest.remote())
         try:
-            _fit(loop, run_directory, cpus_per_worker, name)
+            return _fit(loop, run_directory, cpus_per_worker, name)
         except Exception as error:
-            after: Head = ray.get(loop.store.latest.remote())
-            failures = 1 if after.next_number > before.next_number else failures + 1
+            before, known = known, _next_number(loop.store)
+            failures = 1 if known > before else failures + 1
             logger.warning("event=trainer_failed failures=%d error=%s", failures, type(error).__name__)
             if failures > loop.trainer.max_failures:
                 raise
             time.sleep(min(2.0**failures, LONGEST_PAUSE_S))
-        else:
-            return
+
+
+def _next_number(store: Any) -> int:
+    """The number of the next version, as soon as the store can tell. Raises ActorDiedError if it never will."""
+    while True:
+        try:
+            head: Head = ray.get(store.latest.remote())
+            return head.next_number
+        except ActorDiedError:
+            raise
+        except Exception as error:
+            logger.warning("event=trainer_waits error=%s retry_s=%g", type(error).__name__, RETRY_S)
+            time.sleep(RETRY_S)
 
 
 def _fit(loop: TrainLoop, run_directory: str, cpus_per_worker: float, name: str) -> None:
@@ -215,7 +230,7 @@ class _Worker:
         if batch.step < 0:
             return _Order("close", head)
         gate = self._loop.gate
-        held_out = ray.get(self._loop.journal.held_out.remote(gate.size)) if gate.enabled else []
+        held_out = ray.get(self._loop.journal.held_out.remote(gate.size)) if gate.share > 0 else []
         return _Order("train", head, batch, held_out)
 
     def _load(self, head: Head) -> None:

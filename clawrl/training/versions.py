@@ -46,6 +46,10 @@ class Registry:
     """
 
     def __init__(self, versions: Iterable[WeightVersion] = (), events: Iterable[VersionEvent] = ()) -> None:
+        self.read(versions, events)
+
+    def read(self, versions: Iterable[WeightVersion], events: Iterable[VersionEvent]) -> None:
+        """Know what was recorded, and nothing else."""
         self._parents: dict[int, int] = {}
         self._states: dict[int, VersionState] = {0: "serving"}
         for version in sorted(versions, key=lambda version: version.number):

@@ -181,6 +181,7 @@ class Watch:
         self._corrections = FallDetector(settings.false_alarm_turns, settings.tolerance)
         self._bounds = ReplyBounds(settings.max_length_ratio, settings.max_repetition)
         self._turns = 0
+        self._undelivered: GateDecision | None = None
         self._following = asyncio.create_task(self._follow()) if settings.enabled else None
 
     async def stats(self) -> dict[str, int]:
@@ -191,32 +192,37 @@ class Watch:
             self._following.cancel()
 
     async def _follow(self) -> None:
-        after: int | None = None
+        after: int | None = None  # the last turn taken; every turn is taken once, whatever fails
         while True:
             try:
+                await self._deliver()
                 if after is None:
                     found = await self._journal.recent_judged_turns.remote(2 * REFERENCE)
-                    after = 0
                 else:
                     found = await self._journal.judged_turns.remote(after, _POLL_TURNS, _POLL_S)
-                states = (await self._store.status.remote())["states"] if found else {}
+                states = await self._states() if found else {}
+                after = after or 0
                 for seq, turn, judgement in found:
                     after = max(after, seq)
                     version = max((span.version for span in turn.capture.versions), default=0)
                     if states.get(version) != "rejected":
-                        states = await self._take(turn, judgement, version, states)
+                        self._undelivered = self._decided(turn, judgement, version)
+                        states = await self._states() if await self._deliver() else states
             except Exception as error:
                 log.warning("event=watch_waits error=%s retry_s=%g", type(error).__name__, _RETRY_S)
                 await asyncio.sleep(_RETRY_S)
 
-    async def _take(self, turn: Turn, judgement: Judgement, version: int, states: dict[int, str]) -> dict[int, str]:
-        """One judged turn of a version in force; the versions' states after it."""
-        found = self._decided(turn, judgement, version)
-        if found is None:
-            return states
-        await self._store.withdraw.remote(found)
+    async def _deliver(self) -> bool:
+        """Tell the store what was decided, which is kept until it has heard; false if there is nothing to tell."""
+        if self._undelivered is None:
+            return False
+        await self._store.withdraw.remote(self._undelivered)
+        self._undelivered = None
         for detector in (self._falls, self._corrections, self._bounds):
             detector.restart()  # what they hold was said of a version that is gone
+        return True
+
+    async def _states(self) -> dict[int, str]:
         return (await self._store.status.remote())["states"]
 
     def _decided(self, turn: Turn, judgement: Judgement, version: int) -> GateDecision | None:

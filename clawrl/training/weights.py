@@ -18,7 +18,8 @@ import asyncio
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from clawrl.training.checkpoint import (
     model_folder,
     read_buckets,
     read_canary,
+    remove_states,
+    remove_unfinished,
     require_whole,
     write_canary,
     write_checkpoint,
@@ -73,6 +76,7 @@ class WeightStore:
         self._settings, self._journal = settings, journal
         self._folder, self._base = Path(run_directory) / "versions", model_folder(model)
         self._registry: Registry | None = None
+        self._behind = False  # an append failed that may have been committed: the journal knows more than the registry
         self._recovery, self._change = asyncio.Lock(), asyncio.Condition()
         self._offering, self._deciding, self._removing = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
         self._pinned: set[int] = set()
@@ -135,9 +139,9 @@ class WeightStore:
                 return False
             self._canaries[version.number] = canary
             self._last_step = version.metrics
-        metric("versions/latest_num").set(version.number)
-        logger.info("event=version_offered version=%d parent=%s", version.number, version.parent)
-        await self._forget_old(registry)
+            metric("versions/latest_num").set(version.number)
+            logger.info("event=version_offered version=%d parent=%s", version.number, version.parent)
+            await self._forget_old(registry)  # while no other offer writes a folder that is not recorded yet
         await self._wake()
         return True
 
@@ -193,6 +197,7 @@ class WeightStore:
         if self._closed:
             await asyncio.sleep(min(timeout_s, 1.0))  # a replica that asks in a loop must not spin
             return None
+        registry = await self._known()
         try:
             return await self._publication(registry.desired)
         except WeightSyncError:
@@ -379,7 +384,28 @@ class WeightStore:
                 self._last_step = versions[-1].metrics if versions else {}
                 metric("versions/latest_num").set(registry.head)
                 self._registry = registry
-        return self._registry
+            registry = self._registry
+        if self._behind:
+            async with self._deciding:
+                await self._catch_up(registry)
+            await self._wake()
+        return registry
+
+    async def _catch_up(self, registry: Registry) -> None:
+        """Read the journal again if it may know more. Who calls holds `_deciding`, so nothing is recorded meanwhile."""
+        if self._behind:
+            events = await self._journal.version_events.remote()
+            registry.read(await self._journal.versions.remote(), events)  # read later: each event's is among them
+            self._behind = False
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Around every append that changes versions: if it fails, it may still have been committed."""
+        try:
+            yield
+        except BaseException:
+            self._behind = True
+            raise
 
     async def _reject_damaged(self, registry: Registry) -> None:
         """A version whose checkpoint cannot be read cannot serve or be trained from: its parent does, if that one can.
@@ -411,13 +437,15 @@ class WeightStore:
         False if its parent was rejected meanwhile, or some samples withdrawn.
         """
         async with self._deciding:
+            await self._catch_up(registry)
             if version.parent is not None and registry.state(version.parent) == "rejected":
                 return False
             event = registry.candidate(version.number, version.parent, time.time())
             if refused is not None:
                 event = replace(event, state="rejected", reason=refused)
             try:
-                await self._journal.record_version.remote(version, event)
+                with self._recording():
+                    await self._journal.record_version.remote(version, event)
             except WithdrawnError as error:
                 logger.warning("event=version_withdrawn version=%d reason=%r", version.number, str(error))
                 return False
@@ -429,9 +457,11 @@ class WeightStore:
     ) -> list[VersionEvent]:
         """Change the registry once the journal has the events, and `records` with them: both or neither."""
         async with self._deciding:
+            await self._catch_up(registry)
             events = change(registry.copy())
             if events or records:
-                await self._journal.append.remote(*records, *events)
+                with self._recording():
+                    await self._journal.append.remote(*records, *events)
             registry.apply(events)
         await self._wake()
         return events
@@ -510,6 +540,14 @@ class WeightStore:
             for number in set(self._canaries) - stay:
                 del self._canaries[number]
             await asyncio.to_thread(_remove_others, self._folder, stay)
+
+    def _remove_traces(self, registry: Registry, numbers: Collection[int]) -> None:
+        """Remove from disk what the trainer kept with these versions, and with one that it did not get recorded.
+
+        For who holds `_offering`: also what is half written.
+        """
+        remove_states(self._folder.parent / "trainer", {*numbers, registry.next_number})
+        remove_unfinished(self._folder)
 
 
 def _put_all(folder: Path, bucket_bytes: int) -> list[ray.ObjectRef]:

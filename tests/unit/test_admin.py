@@ -5,6 +5,7 @@ import json
 import threading
 
 import pytest
+from starlette.datastructures import Headers
 
 from clawrl.commands import client
 from clawrl.errors import ClawrlError, GatewayError
@@ -22,6 +23,34 @@ def test_others_may_not(host):
         require_local(host)
     assert caught.value.status == 403
     assert caught.value.body()["error"]["type"] == "permission_error"
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST:30000", "127.0.0.1", "127.0.0.1:30000", "[::1]", "[::1]:30000"]
+)
+def test_this_machine_is_asked_by_its_name(host):
+    require_local("127.0.0.1", Headers({"Host": host}))
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:30000", "localhost.evil.example", "10.0.0.7", "", "[", "::1"]
+)
+def test_a_page_whose_name_points_here_may_not(host):
+    with pytest.raises(GatewayError, match="this machine only") as caught:
+        require_local("127.0.0.1", Headers({"Host": host}))
+    assert caught.value.status == 403
+
+
+def test_a_request_without_a_host_may_not():
+    with pytest.raises(GatewayError, match="this machine only"):
+        require_local("127.0.0.1", Headers({}))
+
+
+@pytest.mark.parametrize("header", ["Forwarded", "X-Forwarded-For", "X-Real-IP", "Via"])
+def test_who_asks_through_a_proxy_of_this_machine_may_not(header):
+    with pytest.raises(GatewayError, match="through a proxy") as caught:
+        require_local("127.0.0.1", Headers({"Host": "localhost", header: "127.0.0.1"}))
+    assert caught.value.status == 403
 
 
 @pytest.fixture

@@ -15,9 +15,10 @@ ENTRY = {
 }  # fmt: skip
 DECISION = {"version": 4, "stage": "before", "passed": False, "reason": "replies got worse", "checks": [], "at": 1.0}
 REJECTED = ENTRY | {"number": 4, "parent": 3, "state": "rejected", "pinned": False, "on_disk": False}
+TAKEN_BACK = ENTRY | {"number": 2, "decision": DECISION | {"stage": "after", "reason": "mean score fell"}}
 REJECTED |= {"metrics": {"loss": 0.2, "new": 1.0}, "reason": "gate", "decision": DECISION}
 ANSWERS: dict[str, Any] = {
-    "versions": [ENTRY, REJECTED],
+    "versions": [TAKEN_BACK, ENTRY, REJECTED],
     "rollback": {"serving": 3, "rejected": [4, 5], "next": 6},
     "pin": {"number": 3, "pinned": True},
     "diff": {
@@ -57,6 +58,7 @@ def system():
     ("words", "asked", "shown"),
     [
         (["versions"], {"last": 20}, ["serving", "0.1235", "pinned", "1e-05 [ok]", "gate; gate: replies got worse"]),
+        (["versions"], {"last": 20}, ["; watch: mean score fell"]),
         (["versions", "--last", "2"], {"last": 2}, ["rejected"]),
         (
             ["rollback"],

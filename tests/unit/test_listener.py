@@ -85,6 +85,14 @@ async def test_a_running_reply_ends_before_the_listener_does():
         assert (await reply).status_code == 200
 
 
+async def test_the_peer_is_who_is_connected():
+    async def answer(request: Request) -> PlainTextResponse:
+        return PlainTextResponse(request.client.host if request.client else "")
+
+    async with listening(Starlette(routes=[Route("/", answer)])) as (client, _):
+        assert (await client.get("/", headers={"X-Forwarded-For": "10.0.0.7"})).text == "127.0.0.1"
+
+
 async def test_a_port_in_use_is_an_error():
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

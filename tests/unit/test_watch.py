@@ -1,10 +1,15 @@
 """The watch: how often it cries wolf, how soon it notices, and whom it blames."""
 
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
 from clawrl.config import GateSection
-from clawrl.training.watch import FallDetector, ReplyBounds, fall_decision, repetition
+from clawrl.training import watch
+from clawrl.training.watch import FallDetector, ReplyBounds, Watch, fall_decision, repetition
 
 SETTINGS = GateSection()
 
@@ -129,3 +134,75 @@ class TestReplyBounds:
         assert repetition(np.arange(20)) == 0
         assert repetition(np.tile(np.arange(4), 10)) == pytest.approx(1 - 4 / 37)
         assert repetition(np.zeros(5, int)) == 0
+
+
+class Handle:
+    """What an actor's handle is to its caller: every public coroutine of `actor` has a `remote`."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=getattr(self._actor, name))
+
+
+class Actors:
+    """A journal of judged turns and a store of versions; each of the calls in `fails` fails once."""
+
+    def __init__(self, versions: list[int], scores: list[float], fails: set[str]) -> None:
+        self._turns = [
+            (
+                seq,
+                SimpleNamespace(
+                    capture=SimpleNamespace(
+                        versions=(SimpleNamespace(version=version),), completion_ids=np.arange(20) + seq
+                    )
+                ),
+                SimpleNamespace(score=score),
+            )
+            for seq, (version, score) in enumerate(zip(versions, scores, strict=True), 1)
+        ]
+        self._fails, self.withdrawn, self.states = fails, [], dict.fromkeys({0, *versions}, "serving")
+        self.asked: list[int | None] = []
+        self.done = asyncio.Event()
+
+    def _fail_once(self, name: str) -> None:
+        if name in self._fails:
+            self._fails.remove(name)
+            raise RuntimeError(name)
+
+    async def recent_judged_turns(self, limit: int) -> list:
+        self.asked.append(None)
+        return self._turns[: len(self._turns) // 2][-limit:]
+
+    async def judged_turns(self, after: int, limit: int, timeout_s: float) -> list:
+        self.asked.append(after)
+        found = [turn for turn in self._turns if turn[0] > after][:limit]
+        if not found:
+            self.done.set()
+            await asyncio.sleep(timeout_s)
+        return found
+
+    async def status(self) -> dict:
+        self._fail_once("status")
+        return {"states": dict(self.states)}
+
+    async def withdraw(self, decision: Any) -> None:
+        self._fail_once("withdraw")
+        self.withdrawn.append(decision)
+        self.states[decision.version] = "rejected"
+
+
+@pytest.mark.parametrize("fails", [set(), {"status"}, {"withdraw"}, {"status", "withdraw"}])
+async def test_what_fails_is_done_again_and_every_turn_is_taken_once(monkeypatch, fails):
+    monkeypatch.setattr(watch, "_RETRY_S", 0.01)
+    rng = np.random.default_rng(1)
+    said = [*scores(rng, 0.8, 600), *scores(rng, -0.8, 200)]
+    actors = Actors([1] * 600 + [2] * 200, [float(score) for score in said], set(fails))
+    watching = Watch(SETTINGS, Handle(actors), Handle(actors))
+    await asyncio.wait_for(actors.done.wait(), 20)
+    turns = (await watching.stats())["turns"]
+    await watching.close()
+    assert [(decision.version, decision.passed) for decision in actors.withdrawn] == [(2, False)]
+    assert actors.asked[: 1 + ("status" in fails)] == [None] * (1 + ("status" in fails)), "never from the beginning"
+    assert 600 < turns < 700, "those of the rejected version are passed over"

@@ -1,0 +1,90 @@
+"""When the trainer goes on and when it gives up, and what it asks for; without Ray."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError
+
+from clawrl.config import GateSection, LearningSection, TrainerSection, VersionsSection
+from clawrl.errors import JournalError
+from clawrl.training import trainer
+from clawrl.training.trainer import TrainLoop, run_trainer
+from clawrl.training.weights import Head
+from clawrl.types import Batch
+
+
+class Asked:
+    """A handle: each call takes the next of `answers[name]`, the last one again and again; exceptions are raised."""
+
+    def __init__(self, **answers: list[Any]) -> None:
+        self._answers, self.asked = answers, []
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            self.asked.append(name)
+            answers = self._answers[name]
+            return answers.pop(0) if len(answers) > 1 else answers[0]
+
+        return SimpleNamespace(remote=call)
+
+
+def get(answer: Any) -> Any:
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+@pytest.fixture
+def fits(monkeypatch) -> list[Exception | None]:
+    """What ends the controllers, one after the other; None: the buffer's end."""
+    ends: list[Exception | None] = []
+    monkeypatch.setattr(trainer.ray, "get", get)
+    monkeypatch.setattr(trainer.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(trainer, "_fit", lambda *_: get(ends.pop(0)))
+    return ends
+
+
+def loop(store: Asked, journal: Any = None, **gate: Any) -> TrainLoop:
+    settings = TrainerSection(max_failures=1)
+    return TrainLoop(
+        settings, LearningSection(), VersionsSection(), "model", None, store, journal, GateSection.model_validate(gate)
+    )
+
+
+def test_a_store_that_cannot_answer_now_does_not_end_training(fits):
+    away = JournalError("away")
+    store = Asked(latest=[away, away, Head(0, 1), away, away, away, Head(0, 1)])
+    fits += [RuntimeError("a rank"), None]
+    run_trainer(loop(store), "folder")
+    assert fits == []
+
+
+def test_failures_without_a_version_end_training(fits):
+    fits += [RuntimeError("first"), RuntimeError("second"), None]
+    with pytest.raises(RuntimeError, match="second"):
+        run_trainer(loop(Asked(latest=[Head(0, 1)])), "folder")
+
+
+def test_failures_with_versions_between_them_do_not(fits):
+    fits += [RuntimeError("a rank")] * 4 + [None]
+    run_trainer(loop(Asked(latest=[Head(number, number + 1) for number in range(6)])), "folder")
+    assert fits == []
+
+
+def test_a_store_that_is_gone_for_good_does(fits):
+    fits.append(RuntimeError("a rank"))
+    with pytest.raises(ActorDiedError):
+        run_trainer(loop(Asked(latest=[Head(0, 1), ActorDiedError()])), "folder")
+
+
+@pytest.mark.parametrize(("gate", "asks"), [({}, True), ({"held_out_share": 0}, False), ({"enabled": False}, False)])
+def test_held_out_turns_are_asked_for_where_some_are_held_out(fits, gate, asks):
+    journal = Asked(held_out=[[("sample", 1)]])
+    worker: Any = trainer._Worker.__new__(trainer._Worker)
+    worker._loop, worker._version = loop(Asked(), journal, **gate), 0
+    worker._store = Asked(latest=[Head(0, 1)])
+    worker._buffer = Asked(take=[Batch(1, ())])
+    order = worker._decide()
+    assert (order.kind, list(order.held_out)) == ("train", [("sample", 1)] if asks else [])
+    assert journal.asked == ["held_out"] * asks

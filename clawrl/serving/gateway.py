@@ -124,7 +124,7 @@ class Gateway:
         return JSONResponse({"status": "ok", "version": policy["version"]})
 
     async def status(self) -> Response:
-        """Versions, buffer, collector and journal counts."""
+        """Policy and judge replicas, versions, buffer and journal counts."""
         names = list(self._status)
         calls = [getattr(handle, method).remote() for handle, method in self._status.values()]
         answers = await asyncio.gather(*calls, return_exceptions=True)
@@ -149,7 +149,7 @@ class Gateway:
     async def administer(self, name: str, request: Request) -> Response:
         """An operator's act, its keyword arguments in the body."""
         try:
-            require_local(request.client.host if request.client else None)
+            require_local(request.client.host if request.client else None, request.headers)
             arguments = await read_json(request, self._settings.max_body_mib)
             return JSONResponse(await act(self._admin, name, arguments))
         except GatewayError as error:

@@ -335,6 +335,7 @@ class WeightStore:
             _require(name, flag, bool)
         registry = await self._known()
         async with self._offering, self._removing, self._deciding:
+            await self._catch_up(registry)
             whose = owner(user, session, [] if user or not session else await self._journal.owners.remote(session))
             found, versions, events = await asyncio.gather(
                 self._journal.content.remote(whose, session),
@@ -344,13 +345,15 @@ class WeightStore:
             planned = plan(whose, session, found, versions, events, retrain=retrain, on_disk=on_disk, at=time.time())
             if not yes:
                 return planned.told(done=False)
-            await self._journal.erase.remote(planned.erasure, planned.records())
+            with self._recording():
+                await self._journal.erase.remote(planned.erasure, planned.records())
             registry.apply(planned.events)
             self._pinned -= set(planned.pinned)
             for number in planned.checkpoints:
                 self._held.pop(number, None)
                 self._canaries.pop(number, None)
                 await asyncio.to_thread(shutil.rmtree, self._folder / str(number))
+            await asyncio.to_thread(self._remove_traces, registry, planned.checkpoints)
         logger.warning("event=forgotten turns=%d restored=%s", planned.erasure.turns, planned.erasure.restored)
         await self._wake()
         return planned.told(done=True, unwiped=await self._scrub())

@@ -1,5 +1,7 @@
 """The gate's checks on replies whose log-probabilities were made by hand."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -37,7 +39,7 @@ def decision(*held_out: HeldOutTurn, finite: bool = True, update: float = 0.01, 
     return decide(Evidence(finite, update, held_out), settings, 10, seconds=0.5, at=1.0)
 
 
-def check(name: str, *held_out: HeldOutTurn, **others):
+def check(name: str, *held_out: HeldOutTurn, **others) -> Any:
     found = [each for each in decision(*held_out, **others).checks if each.name == name]
     return found[0] if found else None
 

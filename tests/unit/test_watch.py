@@ -23,7 +23,7 @@ def scores(rng: np.random.Generator, mean: float, number: int) -> np.ndarray:
     return np.where(rng.random(number) < (mean + 1) / 2, 1.0, -1.0)
 
 
-def first_fall(stream: np.ndarray, versions: np.ndarray | None = None):
+def first_fall(stream: np.ndarray, versions: np.ndarray | None = None) -> Any:
     """(turn, Fall) of the first alarm, or None."""
     watching = detector()
     for at, score in enumerate(stream):

@@ -27,10 +27,12 @@ from jobs.chaos.audit import Audit, audit
 from jobs.chaos.faults import FAULTS, Fault, small_disk
 from jobs.chaos.load import Load
 from jobs.chaos.postgres import Postgres, private_server
-from jobs.chaos.target import BATCH, Target
+from jobs.chaos.target import Target
 
 USERS = 16
 BACK_S = 240.0
+IN_THE_PIPE = 40
+"""Turns that may have been judged, or be with the judge, when a fault strikes: only what comes after them counts."""
 console = Console(highlight=False)
 
 
@@ -88,7 +90,7 @@ async def strike(fault: Fault, target: Target, load: Load) -> Outcome:
 
 
 async def _whole(target: Target, beyond: int, judged: int | None = None) -> int | None:
-    """The version served, once it is newer than `beyond` and a batch was judged since `judged`; None: too late.
+    """The version served, once it is newer than `beyond` and turns were judged beyond `judged`; None: too late.
 
     A version alone could be made of samples that had waited; an abstention is no judgement.
     """
@@ -98,7 +100,7 @@ async def _whole(target: Target, beyond: int, judged: int | None = None) -> int 
         if (
             status is not None
             and status["policy"]["version"] > beyond
-            and (judged is None or _judged(status) >= judged + BATCH)
+            and (judged is None or _judged(status) >= judged + IN_THE_PIPE)
         ):
             return status["policy"]["version"]
         await asyncio.sleep(0.3)

@@ -57,7 +57,6 @@ _QUIET = {
 _FAST_SERVE = {  # one thread and one loop per replica: a chunk on its way to a client wakes nobody else
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
 }
 _QUIET_SERVE = {"log_level": "WARNING", "enable_access_log": False}
 

@@ -57,6 +57,7 @@ class ReplayBuffer:
         Asking for a step says that no other is in work: what an unreleased lease holds is either consumed by now, which
         the journal knows, or waits again. After `close` the batch is empty and its step is CLOSED.
         """
+        metric("buffer/size_num").set(len(self._waiting))  # Ray exports a gauge only after it was set
         if step not in self._leases and step != self._next:
             self._rebuild()
             self._next = step

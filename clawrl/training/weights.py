@@ -92,6 +92,7 @@ class WeightStore:
     async def latest(self) -> Head:
         """The version a (re)started trainer continues from; its tensors come from `bucket`."""
         registry = await self._known()
+        metric("versions/latest_num").set(registry.head)  # Ray exports a gauge only after it was set
         return Head(registry.head, registry.next_number, registry.line(registry.head))
 
     async def num_buckets(self, number: int) -> int:

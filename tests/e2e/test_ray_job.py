@@ -153,7 +153,7 @@ def _missing_metrics(head: Head, *names: str) -> set[str]:
     while missing and time.monotonic() < deadline:
         time.sleep(2)
         exported = httpx.get(f"http://127.0.0.1:{head.metrics}/metrics", timeout=10).text
-        missing = {name for name in names if f"clawrl_{name}" not in exported}
+        missing -= {name for name in missing if f"clawrl_{name}" in exported}
     return missing
 
 

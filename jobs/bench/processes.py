@@ -53,7 +53,7 @@ class Meter:
 def _processor_seconds() -> dict[tuple[int, str], float]:
     """User and system seconds that each process has used, by (pid, part)."""
     used: dict[tuple[int, str], float] = {}
-    for process, name in _walk():
+    for process, name in family(psutil.Process(), CLIENT):
         try:
             times = process.cpu_times()
         except psutil.Error:
@@ -66,7 +66,7 @@ def memory() -> tuple[dict[str, int], dict[str, int]]:
     """Bytes by part: proportional (shared pages divided among their users) and resident (counted for each)."""
     proportional: defaultdict[str, int] = defaultdict(int)
     resident: defaultdict[str, int] = defaultdict(int)
-    for process, name in _walk():
+    for process, name in family(psutil.Process(), CLIENT):
         try:
             proportional[name] += _proportional_bytes(process.pid)
             resident[name] += process.memory_info().rss
@@ -82,14 +82,14 @@ def _proportional_bytes(pid: int) -> int:
     return 0
 
 
-def _walk() -> Iterator[tuple[psutil.Process, str]]:
-    """This process and its descendants, parents first, with their parts."""
-    waiting: list[tuple[psutil.Process, str | None]] = [(psutil.Process(), None)]
+def family(root: psutil.Process, name: str) -> Iterator[tuple[psutil.Process, str]]:
+    """A process, which is the part `name`, and its descendants with their parts, parents first."""
+    waiting: list[tuple[psutil.Process, str | None]] = [(root, None)]
     while waiting:
         process, parent = waiting.pop()
         try:
-            name = CLIENT if parent is None else role(" ".join(process.cmdline()), parent)
-            waiting += [(child, name) for child in process.children()]
+            part = name if parent is None else role(" ".join(process.cmdline()), parent)
+            waiting += [(child, part) for child in process.children()]
         except psutil.Error:
             continue
-        yield process, name
+        yield process, part

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import psutil
 
-from jobs.bench.processes import role
+from jobs.bench import processes
 from jobs.chaos.postgres import Postgres
 
 READY_S = 240.0
@@ -34,7 +34,7 @@ class Target:
         self.run_root, self.database = run_root, database
         self._journal = None if database is None else database.fresh()
         self._overrides = [*OVERRIDES, *overrides, *([] if database is None else [f"journal.url={self._journal}"])]
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen | None = None
 
@@ -65,7 +65,7 @@ class Target:
         """Ctrl-C, and SIGKILL for what is left after a while."""
         if self._process is None:
             return
-        family = _family(self._process.pid)
+        family = self._family()
         self._process.send_signal(signal.SIGINT)
         try:
             self._process.wait(30)
@@ -75,23 +75,27 @@ class Target:
 
     def kill_all(self) -> list[str]:
         """kill -9 of every process at once; returns the parts of those that had to be killed a second time."""
-        assert self._process is not None
-        family = _family(self._process.pid)
+        family = self._family()
         _kill([process for process, _ in family])
+        assert self._process is not None
         self._process.wait(10)
         return [name for process, name in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
     def processes(self, part: str) -> list[psutil.Process]:
         """The processes of a part (see `bench.processes.role`) or with a title that begins so, oldest first."""
-        assert self._process is not None
         found = [
             process
-            for process, name in _family(self._process.pid)
+            for process, name in self._family()
             if name == part or (process.is_running() and " ".join(process.cmdline()).startswith(part))
         ]
         if not found:
             raise RuntimeError(f"no process of {part!r} runs")
         return sorted(found, key=lambda process: process.create_time())
+
+    def _family(self) -> list[tuple[psutil.Process, str]]:
+        """The program and all that it started, with their parts."""
+        assert self._process is not None
+        return list(processes.family(psutil.Process(self._process.pid), "driver"))
 
     def healthy(self) -> bool:
         try:
@@ -108,21 +112,6 @@ class Target:
         return None if any("error" in facts for facts in status.values()) else status
 
 
-def _family(pid: int) -> list[tuple[psutil.Process, str]]:
-    """A process and its descendants with their parts, parents first."""
-    found: list[tuple[psutil.Process, str]] = []
-    waiting: list[tuple[psutil.Process, str | None]] = [(psutil.Process(pid), None)]
-    while waiting:
-        process, parent = waiting.pop()
-        try:
-            name = "driver" if parent is None else role(" ".join(process.cmdline()), parent)
-            waiting += [(child, name) for child in process.children()]
-        except psutil.Error:
-            continue
-        found.append((process, name))
-    return found
-
-
 def _kill(processes: list[psutil.Process]) -> None:
     for process in processes:
         try:
@@ -131,7 +120,7 @@ def _kill(processes: list[psutil.Process]) -> None:
             continue
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

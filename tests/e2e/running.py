@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import openai
 import pytest
 
 from clawrl.journal.store import JournalReader
+from jobs.chaos.target import free_port
 
 READY_S = 240.0
 STOP_S = 15.0
@@ -55,12 +55,6 @@ class Server:
             assert time.monotonic() < deadline, f"no {what} within {timeout_s} s: {self.status()}"
             time.sleep(0.3)
         return held
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start_server(run_root: Path, *overrides: str) -> Server:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from running import free_port
+
+from jobs.chaos.target import free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 

@@ -1,7 +1,6 @@
 """Fault injection's own bookkeeping: what counts as acknowledged, what counts as lost or trained twice."""
 
 import asyncio
-import socket
 import sqlite3
 from contextlib import closing
 from dataclasses import replace
@@ -19,6 +18,7 @@ from jobs.chaos import load as load_module
 from jobs.chaos.__main__ import Outcome
 from jobs.chaos.audit import audit
 from jobs.chaos.load import Load
+from jobs.chaos.target import free_port
 
 WHOLE = 'data: {"id": "t1", "choices": [{"delta": {"content": "7"}}]}\n\ndata: [DONE]\n\n'
 CUT = 'data: {"id": "t2", "choices": [{"delta": {"content": "7"}}]}\n\n'
@@ -37,9 +37,7 @@ async def test_only_a_whole_stream_is_acknowledged(reply, acknowledged, error, m
             return JSONResponse({"error": {}}, status_code=503)
         return StreamingResponse(iter([reply]), media_type="text/event-stream")
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     listener = Listener(Starlette(routes=[Route("/v1/chat/completions", answer, methods=["POST"])]), "127.0.0.1", port)
     async with Load(f"http://127.0.0.1:{port}/v1", users=1) as load:
         while not load.requests:  # noqa: ASYNC110 (the load is a plain list)

@@ -12,12 +12,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from clawrl.serving.listener import ClientGone, InTurn, Listener, Slots, while_connected
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from jobs.chaos.target import free_port
 
 
 class Busy:

@@ -269,7 +269,7 @@ def _require_model(config: Config, folder: Path) -> None:
 
 def _require_journal(config: Config, folder: Path) -> None:
     """Raises ConfigError if the journal cannot be written, or tells of other versions than those in the folder."""
-    known = _known_versions(journal_url(config, folder))
+    known, used = _known_versions(journal_url(config, folder))
     versions = folder / "versions"
     if known and not versions.is_dir():
         raise ConfigError(
@@ -278,18 +278,19 @@ def _require_journal(config: Config, folder: Path) -> None:
         )
     names = [path.name for path in versions.iterdir()] if versions.is_dir() else []
     newest = max((int(name) for name in names if name.isdigit()), default=0)
-    if newest > known + 1:  # a crash may have left one that was not recorded
+    if newest > known + used:  # a crash may have left one that was not recorded, but not of samples never recorded
         raise ConfigError(
             f"run {folder.name} has version {newest} and journal.url knows {known}, so numbers would be used twice; "
             "import that run's journal first (`clawrl journal import`), or set run=new"
         )
 
 
-def _known_versions(url: str) -> int:
-    """How many versions a journal tells of. Raises ConfigError if it cannot be written."""
+def _known_versions(url: str) -> tuple[int, bool]:
+    """How many versions a journal tells of, and whether it tells of anything. ConfigError if it cannot be written."""
     try:
         with closing(JournalStore(url)) as journal:
-            return journal.counts()["versions"]
+            counts = journal.counts()
+            return counts["versions"], any(counts.values()) or bool(journal.erasures())
     except JournalError as error:
         raise ConfigError(f"journal.url: {error}") from error
 

@@ -6,7 +6,9 @@ snapshot beside the process that writes; reading back is one transaction.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from clawrl.journal.database import insert_new, refusing
 from clawrl.journal.store import JournalReader, JournalStore
 from clawrl.journal.tables import (
     CONSUMPTIONS,
+    ERASURES,
     EVENTS,
     PINS,
     RECORD_TABLES,
@@ -186,21 +189,54 @@ def _orphans(connection: Connection) -> Iterator[str]:
         yield f"{number} wrong entries in the list `{name}`; import an export of this journal into an empty one"
 
 
-def _consumptions(connection: Connection) -> Iterator[str]:
-    """Each sample made one version; rejected ones are left aside, an erasure may have given their samples back."""
-    states = dict(connection.execute(select(EVENTS.c.version, EVENTS.c.state).order_by(EVENTS.c.seq)).all())
+@dataclass(frozen=True, slots=True)
+class Uses:
+    """What is wrong with what versions learnt from; all empty if each sample made at most one version."""
+
+    twice: dict[str, tuple[int, ...]]  # sample -> the versions that learnt from it
+    unmarked: dict[str, int]  # sample -> the version that learnt from it, without being marked as its consumer
+    unlearnt: dict[str, int]  # sample -> the version that is marked as its consumer and does not list it
+
+
+def uses(connection: Connection) -> Uses:
+    """Versions' lists of samples against the marks of consumption.
+
+    A rejected version counts like any other: what it learnt from stays consumed. Only an erasure gives samples back,
+    those of the versions that it rejected itself, which its time tells; these may keep marks of erased samples.
+    """
     versions = [VERSIONS.decode(row) for row in connection.execute(select(VERSIONS.table)).mappings()]
-    learnt: dict[str, int] = {}
+    taken_back = set(
+        connection.scalars(
+            select(EVENTS.c.version)
+            .join(ERASURES.table, ERASURES.c.at == EVENTS.c.at)
+            .where(EVENTS.c.state == "rejected")
+        )
+    )
+    learnt: defaultdict[str, list[int]] = defaultdict(list)
     for version in versions:
-        for sample in version.samples if states.get(version.number) != "rejected" else ():
-            if sample in learnt:
-                yield f"sample {sample} was trained on twice, by versions {learnt[sample]} and {version.number}"
-            learnt[sample] = version.number
+        for sample in version.samples if version.number not in taken_back else ():
+            learnt[sample].append(version.number)
+    listed = {(sample, version.number) for version in versions for sample in version.samples}
     consumed = dict(connection.execute(select(CONSUMPTIONS.c.sample, CONSUMPTIONS.c.version)).all())
-    for sample in sorted(learnt.keys() - consumed.keys()):
-        yield f"version {learnt[sample]} learnt from sample {sample}, which is not marked as consumed"
-    for number in sorted(set(consumed.values()) - {version.number for version in versions}):
+    return Uses(
+        twice={sample: tuple(numbers) for sample, numbers in learnt.items() if len(numbers) > 1},
+        unmarked={sample: numbers[0] for sample, numbers in learnt.items() if consumed.get(sample) not in numbers},
+        unlearnt={sample: number for sample, number in consumed.items() if (sample, number) not in listed},
+    )
+
+
+def _consumptions(connection: Connection) -> Iterator[str]:
+    found = uses(connection)
+    for sample, (first, second, *_) in sorted(found.twice.items()):
+        yield f"sample {sample} was trained on twice, by versions {first} and {second}"
+    for sample, number in sorted(found.unmarked.items()):
+        yield f"version {number} learnt from sample {sample}, which is not marked as consumed"
+    known = set(connection.scalars(select(VERSIONS.c.number)))
+    for number in sorted(set(found.unlearnt.values()) - known):
         yield f"samples were consumed by version {number}, which is not there"
+    for sample, number in sorted(found.unlearnt.items()):
+        if number in known:
+            yield f"sample {sample} is marked as consumed by version {number}, which did not learn from it"
 
 
 def _checkpoints(connection: Connection) -> Iterator[str]:

@@ -55,6 +55,7 @@ _REMEDIES = {
     "read-only transaction": "connect to the primary server, as a role that may write",
     "permission denied": "grant this role CREATE on the schema and ownership of its tables",
     "No space left": "free disk space on the database's server",
+    "index row": "shorten the name of the user or session",
 }
 
 

@@ -186,8 +186,12 @@ def _expired() -> Select:
 def erase(connection: Connection, erasure: Erasure, rejected: Sequence[int]) -> None:
     """Delete the content and record that; samples that only the rejected versions learnt from may train again.
 
-    Ids stay: in `withdrawn`, in the consumptions, and in the versions' lists.
+    Ids stay: in `withdrawn`, in the consumptions, and in the versions' lists. A repetition changes nothing: what was
+    said since the first time is not meant.
     """
+    told = select(ERASURES.c.seq).where(ERASURES.c.user == erasure.user, ERASURES.c.at == erasure.at)
+    if connection.execute(told).first() is not None:
+        return
     turns = _turns(connection, erasure.user, erasure.session)
     _withdraw(connection, turns)
     for some in _batched(turns):

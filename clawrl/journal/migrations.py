@@ -48,7 +48,25 @@ _TO_2 = [  # what tells a repeated request; held-out samples; pins, gate, consen
         SELECT s.seq, s.id FROM samples s WHERE NOT EXISTS (SELECT 1 FROM consumptions c WHERE c.sample = s.id)""",
 ]
 
-STEPS: dict[int, list[str]] = {1: _TO_2}
+
+def _told_once(table: str, *key: str) -> list[str]:
+    """Remove repetitions but the first, and let none in any more."""
+    columns = ", ".join(f'"{name}"' for name in key)
+    return [
+        f"DELETE FROM {table} WHERE seq NOT IN (SELECT min(seq) FROM {table} GROUP BY {columns})",
+        f"CREATE UNIQUE INDEX {'_'.join((table, *key))} ON {table} ({columns})",
+    ]
+
+
+_TO_3 = [  # a repeated append is known by the time it tells
+    *_told_once("version_events", "version", "state", "at"),
+    *_told_once("swaps", "version", "replica", "at"),
+    *_told_once("pins", "version", "at"),
+    *_told_once("gate_decisions", "version", "stage", "at"),
+    *_told_once("erasures", "user", "at"),
+]
+
+STEPS: dict[int, list[str]] = {1: _TO_2, 2: _TO_3}
 """Statements that lead from a schema to the next."""
 
 

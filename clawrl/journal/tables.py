@@ -48,7 +48,7 @@ from clawrl.types import (
     WeightVersion,
 )
 
-SCHEMA = 2
+SCHEMA = 3
 """Number of the layout below. A change to a table raises it and adds the step that brings an older journal here."""
 
 METADATA = MetaData()
@@ -107,14 +107,19 @@ class RecordTable(Generic[_Record]):
     """The table of one record type. `seq` numbers rows in the order of their commits and is never used twice."""
 
     def __init__(
-        self, name: str, record: type[_Record], *, unique: str | None = None, indexes: tuple[tuple[str, ...], ...] = ()
+        self,
+        name: str,
+        record: type[_Record],
+        *,
+        unique: tuple[str, ...] = (),
+        indexes: tuple[tuple[str, ...], ...] = (),
     ) -> None:
         columns = [Column("seq", _Seq, primary_key=True)]
         self.record, self._shape = record, _nest(record, columns)
         self.table = Table(name, METADATA, *columns, sqlite_autoincrement=True)
         self.c = self.table.c
-        if unique is not None:
-            Index(f"{name}_{unique}", self.c[unique], unique=True)
+        if unique:
+            Index("_".join((name, *unique)), *(self.c[key] for key in unique), unique=True)
         for keys in indexes:
             Index("_".join((name, *keys)), *(self.c[key] for key in keys))
 
@@ -198,7 +203,7 @@ def _restore(annotation: Any, value: Any) -> Any:
 TURNS = RecordTable(
     "turns",
     Turn,
-    unique="id",
+    unique=("id",),
     indexes=(
         ("conversation", "user", "kind", "seq"),
         ("user", "session", "kind", "seq"),
@@ -209,19 +214,20 @@ TURNS = RecordTable(
 NO_TOKENS = _to_npy(NOT_KEPT.prompt_ids)
 """What `capture_prompt_ids` holds of a turn whose tokens are not kept."""
 Index("turns_key", TURNS.c.key, unique=True)
-NEXT_STATES = RecordTable("next_states", NextState, unique="turn")
-JUDGEMENTS = RecordTable("judgements", Judgement, unique="turn")
-SAMPLES = RecordTable("samples", Sample, unique="id", indexes=(("held_out", "seq"),))
-VERSIONS = RecordTable("versions", WeightVersion, unique="number")
-FEEDBACK = RecordTable("feedback", Feedback, unique="id", indexes=(("turn",),))
-EVENTS = RecordTable("version_events", VersionEvent)
-SWAPS = RecordTable("swaps", Swap)
-PINS = RecordTable("pins", Pin)
-DECISIONS = RecordTable("gate_decisions", GateDecision)
+NEXT_STATES = RecordTable("next_states", NextState, unique=("turn",))
+JUDGEMENTS = RecordTable("judgements", Judgement, unique=("turn",))
+SAMPLES = RecordTable("samples", Sample, unique=("id",), indexes=(("held_out", "seq"),))
+VERSIONS = RecordTable("versions", WeightVersion, unique=("number",))
+FEEDBACK = RecordTable("feedback", Feedback, unique=("id",), indexes=(("turn",),))
+# What has no id of its own is told from a repetition by its time.
+EVENTS = RecordTable("version_events", VersionEvent, unique=("version", "state", "at"))
+SWAPS = RecordTable("swaps", Swap, unique=("version", "replica", "at"))
+PINS = RecordTable("pins", Pin, unique=("version", "at"))
+DECISIONS = RecordTable("gate_decisions", GateDecision, unique=("version", "stage", "at"))
 CONSENTS = RecordTable(
     "consents", Consent, indexes=(("user", "session"), ("conversation", "user"), ("conversation", "seq"))
 )
-ERASURES = RecordTable("erasures", Erasure)
+ERASURES = RecordTable("erasures", Erasure, unique=("user", "at"))
 RECORD_TABLES: dict[type, RecordTable] = {
     table.record: table
     for table in (

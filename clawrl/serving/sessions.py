@@ -18,6 +18,8 @@ from typing import Any
 from clawrl.errors import GatewayError
 from clawrl.types import Message, Role, TurnKind
 
+NAME_BYTES = 1000
+"""Of a user or session: both stand in one index entry, of which PostgreSQL takes 2,700 bytes."""
 _UNSAID = ("system", "developer")  # clients rewrite them between turns
 
 
@@ -49,27 +51,38 @@ def identify(headers: Mapping[str, str], body: Mapping[str, Any]) -> Identity:
 
     `X-Train: no` opts its session out.
     A request sent again says so by `Idempotency-Key`, or as OpenAI's SDKs do by `X-Stainless-Retry-Count`.
-    Raises GatewayError for a turn type other than main or side, an X-Train other than yes or no, and a user that no
-    journal can store.
+    Raises GatewayError for a turn type other than main or side, an X-Train other than yes or no, and a user or session
+    that no journal can store.
     """
     kind, train = headers.get("x-turn-type", "main"), headers.get("x-train", "yes").strip().lower()
     if kind not in ("main", "side"):
         raise GatewayError(f"X-Turn-Type: {kind!r} is unknown; use main or side", param="X-Turn-Type")
     if train not in ("yes", "no"):  # what is meant as an opt-out must not be taken for none
         raise GatewayError(f"X-Train: {train!r} is unknown; use no, or leave it out", param="X-Train")
-    user, key = str(body.get("user") or "local"), headers.get("idempotency-key")
+    user, session = str(body.get("user") or "local"), headers.get("x-session-id") or None
     if "\x00" in user or any("\ud800" <= letter <= "\udfff" for letter in user):
         raise GatewayError(f"user {user!a} has a NUL or half a surrogate pair; leave it out", param="user")
+    for param, name in (("user", user), ("X-Session-Id", session or "")):
+        if (size := len(name.encode())) > NAME_BYTES:
+            raise GatewayError(f"{param} has {size} bytes; give one of at most {NAME_BYTES}", param=param)
     return Identity(
         user=user,
-        session=headers.get("x-session-id") or None,
+        session=session,
         kind=kind,
         source=headers.get("x-source", "chat"),
         group=headers.get("x-group"),
-        key=None if key is None else json.dumps([user, key]),
+        key=_unique_key(user, headers.get("idempotency-key")),
         opts_out=train == "no",
         retried=headers.get("x-stainless-retry-count", "0") != "0",
     )
+
+
+def _unique_key(user: str, key: str | None) -> str | None:
+    """An idempotency key with its user; as a digest where it is too long for a database's index."""
+    if key is None:
+        return None
+    whole = json.dumps([user, key])
+    return whole if len(whole) <= NAME_BYTES else hashlib.sha256(whole.encode()).hexdigest()
 
 
 def continuation(messages: Sequence[Message]) -> Continuation:

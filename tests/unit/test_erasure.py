@@ -246,6 +246,13 @@ class TestErasure:
         store.erase(erasure(), [rejected(2), Pin(2, False, 3.0)])
         assert store.version_events() == [rejected(2)]
 
+    def test_a_repetition_changes_nothing(self, store):
+        store.append(turn("a"))
+        for _ in range(2):
+            store.erase(erasure(), [rejected(1)])
+            store.append(turn("b", started=21.0))
+        assert (store.erasures(), store.version_events(), turns(store)) == ([erasure()], [rejected(1)], ["b"])
+
     def test_news_are_heard(self, store):
         before = store.withdrawals()
         store.erase(erasure())

@@ -12,6 +12,7 @@ from sqlalchemy import create_engine, event, inspect
 from clawrl.errors import JournalError
 from clawrl.journal import database, queues
 from clawrl.journal.store import JournalReader, JournalStore
+from clawrl.serving.sessions import NAME_BYTES
 from clawrl.types import (
     Capture,
     Consent,
@@ -164,7 +165,7 @@ class TestRoundTrips:
         first = WeightVersion(0, None, "full", None, (), {}, 1.0)
         second = WeightVersion(1, 0, "lora", "/v/1", ("a", "b"), {"loss": float("nan"), "kl": 0.1}, 2.0)
         event = VersionEvent(1, "rejected", "canary off", 3.0)
-        unmeasured, broken = Swap(1, "r", 22.0, None, None, 4.0), Swap(1, "r", 22.0, float("nan"), float("inf"), 4.0)
+        unmeasured, broken = Swap(1, "r", 22.0, None, None, 4.0), Swap(1, "r", 22.0, float("nan"), float("inf"), 5.0)
         store.append(first, second, event, unmeasured, broken)
         for found, original in (
             (store.versions(), (first, second)),
@@ -246,6 +247,24 @@ class TestAppends:
         with pytest.raises(JournalError) as caught:
             store.append(Feedback("f", "t", "ann", None, "my secret \ud800", 1.0))
         assert "secret" not in str(caught.value)
+
+    @pytest.mark.parametrize("kind", ["version_events", "swaps", "pins", "gate_decisions"])
+    def test_what_has_no_id_is_told_once_all_the_same(self, store, kind):
+        records = {
+            "version_events": [VersionEvent(1, "serving", "canary", at) for at in (1.0, 2.0)],
+            "swaps": [Swap(1, "r", 22.0, None, None, at) for at in (1.0, 2.0)],
+            "pins": [Pin(1, True, at) for at in (1.0, 2.0)],
+            "gate_decisions": [GateDecision(1, "after", True, "fine", (), 0.1, at) for at in (1.0, 2.0)],
+        }[kind]
+        for record in (*records, *records):  # as a call whose answer was lost is made again
+            store.append(record)
+        assert getattr(store, kind)() == records
+
+    def test_the_longest_names_that_the_gateway_lets_in(self, store):
+        rng = np.random.default_rng(0)  # what cannot be compressed
+        user, session, key = (rng.bytes(NAME_BYTES // 2).hex() for _ in range(3))
+        store.append(turn("long", user=user, session=session, key=key))
+        assert store.keyed_turn(key).id == store.last_turn(user, session)[0] == "long"
 
 
 class TestLookUps:
@@ -479,7 +498,7 @@ class TestOpening:
             connection.exec_driver_sql("UPDATE meta SET value = '99' WHERE name = 'schema'")
         store.close()
         for opener in (JournalStore, JournalReader):
-            with pytest.raises(JournalError, match=r"has schema 99 and this clawrl knows 2; use the clawrl that wrote"):
+            with pytest.raises(JournalError, match=r"has schema 99 and this clawrl knows 3; use the clawrl that wrote"):
                 opener(url)
 
     def test_another_programs_database_stays_as_it_is(self, url):

@@ -16,7 +16,7 @@ from clawrl import cli
 from clawrl.errors import JournalError
 from clawrl.journal import archive
 from clawrl.journal.store import JournalReader, JournalStore
-from clawrl.types import Feedback, Pin, Swap, VersionEvent
+from clawrl.types import Erasure, Feedback, Pin, Swap, VersionEvent
 
 ROOT = Path(__file__).parents[2]
 
@@ -107,7 +107,7 @@ def test_useless_folders(store, tmp_path):
     with pytest.raises(JournalError, match=r"samples\.parquet is no export"):
         archive.restore(store, full)
     pq.write_table(pq.read_table(full / "turns.parquet").replace_schema_metadata({}), full / "samples.parquet")
-    with pytest.raises(JournalError, match="exported with schema none and this clawrl knows 2"):
+    with pytest.raises(JournalError, match="exported with schema none and this clawrl knows 3"):
         archive.restore(store, full)
     (full / "samples.parquet").unlink()
     with pytest.raises(JournalError, match=r"samples\.parquet is missing"):
@@ -148,6 +148,7 @@ def test_check_of_a_sound_journal(store, url, capsys):
         ("DELETE FROM versions WHERE number = 1", "samples were consumed by version 1, which is not there"),
         ("""UPDATE versions SET samples = '["trained"]'""", "trained on twice, by versions 0 and 1"),
         ("UPDATE versions SET checkpoint = '/nowhere' WHERE number = 1", "version 1 has no checkpoint at /nowhere"),
+        ("UPDATE consumptions SET version = 0", "marked as consumed by version 0, which did not learn from it"),
         ("DELETE FROM untrained", "1 wrong entries in the list `untrained`"),
         ("UPDATE turns SET messages = '[' WHERE id = 'waits'", "turns seq=2 cannot be read: JSONDecodeError"),
     ],
@@ -158,6 +159,20 @@ def test_check_finds(store, url, damage, problem, capsys):
     code, told = command(capsys, "check", "--journal", url)
     assert code == 1
     assert problem in told
+
+
+def test_only_an_erasure_gives_samples_back(store):
+    store.append(sample("erased", user="eve"), sample("other"), turn("erased", user="eve"), turn("other"))
+    store.record_version(version(2, "erased", "other"), None)
+    rejected = VersionEvent(2, "rejected", "learnt from what was erased", 9.0)
+    with store.database.snapshot() as connection:
+        assert archive.uses(connection) == archive.Uses({}, {}, {})
+    store.erase(Erasure("eve", None, 1, (2,), 1, 9.0), [rejected])
+    store.record_version(version(3, "other"), None)
+    assert archive.check(store) == []
+    with store.database.writer.begin() as connection:
+        connection.exec_driver_sql("UPDATE version_events SET at = 8 WHERE state = 'rejected'")
+        assert archive.uses(connection).twice == {"other": (2, 3)}
 
 
 def test_a_pinned_version_needs_its_checkpoint(store):

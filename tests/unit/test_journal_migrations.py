@@ -67,6 +67,7 @@ RECORDS = [
     VersionEvent(1, "serving", "first", 1.0),
     Swap(1, "r", 2.0, None, float("nan"), 3.0),
     Feedback("f", "judged", "ann", -1, None, 4.0),
+    VersionEvent(1, "serving", "first", 1.0),  # appended twice
 ]
 
 
@@ -113,7 +114,7 @@ def layout(url: str) -> dict[str, set]:
 
 
 def test_all_records_are_there_and_all_works(old):
-    with pytest.raises(JournalError, match="has schema 1 and this clawrl reads 2; `clawrl serve` brings it up to date"):
+    with pytest.raises(JournalError, match="has schema 1 and this clawrl reads 3; `clawrl serve` brings it up to date"):
         JournalReader(old)
     with closing(JournalStore(old)) as store:
         for record in RECORDS[:4]:
@@ -122,6 +123,7 @@ def test_all_records_are_there_and_all_works(old):
         assert [found.id for _, found in store.samples_to_train(0, 10)] == ["waits"]
         assert_same(tuple(store.versions()), tuple(RECORDS[10:12]))
         assert_same(store.swaps()[0], RECORDS[13])
+        assert store.version_events() == [RECORDS[12]]
         counts = store.counts()
         assert (counts["turns"], counts["main_turns"], counts["judgements"], counts["consumed"]) == (4, 3, 1, 1)
         store.append(turn("new", request="digest", key="k"), judgement("unjudged"), sample("held", held_out=True))

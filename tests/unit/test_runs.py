@@ -7,12 +7,13 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from test_journal import sample
 
 from clawrl.config import Config
 from clawrl.errors import ConfigError
 from clawrl.journal.store import JournalStore
 from clawrl.main import System, check, open_run
-from clawrl.types import VersionEvent, WeightVersion
+from clawrl.types import Erasure, VersionEvent, WeightVersion
 
 
 def config(root: Path, **changed) -> Config:
@@ -69,10 +70,20 @@ def test_a_run_keeps_the_model_it_began_with(tmp_path):
         open_run(config(tmp_path))
 
 
-@pytest.mark.parametrize(("known", "newest"), [(0, 1), (3, 3), (3, 4), (3, 1)])
+@pytest.mark.parametrize(("known", "newest"), [(0, 0), (3, 3), (3, 4), (3, 1)])
 def test_a_run_goes_on_with_its_journal(tmp_path, known, newest):
     """A crash may have left one version more than was recorded."""
     write_versions(opened(tmp_path), known, newest)
+    opened(tmp_path)
+
+
+@pytest.mark.parametrize("first", [sample("trained"), Erasure("ann", None, 1, (), None, 1.0)])
+def test_a_first_version_that_was_not_recorded_comes_from_a_journal_that_was_used(tmp_path, first):
+    write_versions(opened(tmp_path), known=0, newest=1)
+    with pytest.raises(ConfigError, match=r"has version 1 and journal\.url knows 0"):
+        open_run(config(tmp_path))
+    with closing(JournalStore(f"sqlite:///{tmp_path / 'latest' / 'journal.sqlite'}")) as journal:
+        (journal.erase if isinstance(first, Erasure) else journal.append)(first)
     opened(tmp_path)
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from clawrl.errors import GatewayError
-from clawrl.serving.sessions import continuation, digest, identify, request_digest
+from clawrl.serving.sessions import NAME_BYTES, continuation, digest, identify, request_digest
 
 USER = {"role": "user", "content": "two plus two?"}
 REPLY = {"role": "assistant", "content": "four"}
@@ -120,3 +120,22 @@ def test_half_a_surrogate_pair_has_a_digest():
     half = [{"role": "user", "content": "\ud83d"}]
     assert digest(half) != digest([{"role": "user", "content": "\ud83c"}])
     assert request_digest({"messages": half})
+
+
+def test_a_long_key_fits_an_index_and_is_still_its_users():
+    keys = [
+        identify({"idempotency-key": "k" * 9000 + end}, {"user": user}).key
+        for user, end in (("ann", "1"), ("ann", "2"), ("bob", "1"), ("ann", "1"))
+    ]
+    assert all(len(key) <= NAME_BYTES for key in keys)
+    assert len(set(keys)) == 3
+    assert keys[0] == keys[3]
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "named"),
+    [({}, {"user": "ü" * 501}, "user has 1002 bytes"), ({"x-session-id": "s" * 1001}, {}, "X-Session-Id has 1001 b")],
+)
+def test_a_name_that_no_index_takes_is_refused(headers, body, named):
+    with pytest.raises(GatewayError, match=f"{named}.*at most 1000"):
+        identify(headers, body)

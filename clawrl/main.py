@@ -42,6 +42,8 @@ NAMESPACE = "clawrl"
 TRAINER_CPUS = 0.2  # of each trainer worker; an embedded system shares few cores among many processes
 FREE_DISK_MIB = 512
 STOP_S = 12.0
+LEFT_S = 15.0
+"""How long the actors of a program that was killed may still be there."""
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -86,8 +88,16 @@ class System:
         """
         check(config)
         run_directory, lock = open_run(config)
-        say("starting Ray")
-        owns_ray = join_ray()
+        try:
+            say("starting Ray")
+            owns_ray = join_ray()
+            if not owns_ray:
+                clear_cluster(say)
+                require_port(config)
+        except BaseException:
+            ray.shutdown()
+            lock.close()
+            raise
         system = cls(config, run_directory, owns_ray)
         system._lock = lock
         try:
@@ -197,15 +207,8 @@ def check(config: Config) -> None:
         except ConfigError as error:
             raise ConfigError(f"{section}.model: {error}") from None
     Redactor(config.privacy)
-    host, port = config.gateway.host, config.gateway.port
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(
-                f"gateway.port={port} on {host} cannot be bound: {error.strerror}; stop what uses it or set another"
-            ) from error
+    if not os.environ.get("RAY_ADDRESS"):  # in a cluster a dead clawrl's gateway may hold it, see `clear_cluster`
+        require_port(config)
     if config.journal.url != "sqlite":
         _known_versions(config.journal.url)
     root = Path(config.run_root).resolve()
@@ -215,6 +218,19 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"run_root={config.run_root!r} has {free} MiB free, {FREE_DISK_MIB} are needed; free some or move it"
         )
+
+
+def require_port(config: Config) -> None:
+    """Raises ConfigError if the gateway's port is taken."""
+    host, port = config.gateway.host, config.gateway.port
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"gateway.port={port} on {host} cannot be bound: {error.strerror}; stop what uses it or set another"
+            ) from error
 
 
 def open_run(config: Config) -> tuple[Path, TextIO]:
@@ -310,6 +326,31 @@ def join_ray() -> bool:
         ray.init(**options)
         return False
     ray.init(address="local", log_to_driver=os.environ.get("CLAWRL_RAY_LOGS") == "1", **options)
+    return True
+
+
+def clear_cluster(say: Callable[[str], None]) -> None:
+    """Remove what a clawrl that was killed has left in the cluster: Serve's replicas outlive the program, and hold its
+    port. Raises ConfigError if another clawrl is alive there.
+    """
+    deadline = time.monotonic() + LEFT_S
+    while _alive(f"{NAMESPACE}-journal"):  # Ray ends the actors of a program that died, soon
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"another clawrl runs in the Ray cluster {os.environ['RAY_ADDRESS']}; stop it, or set RAY_ADDRESS to "
+                "another cluster (unset, clawrl starts its own)"
+            )
+        time.sleep(0.2)
+    if app.APPLICATION in serve.status().applications:
+        say("removing the gateway, policy and judge of a clawrl that was killed")
+        serve.delete(app.APPLICATION)
+
+
+def _alive(name: str) -> bool:
+    try:
+        ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        return False
     return True
 
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from clawrl.errors import ClawrlError, JournalError
+from clawrl.journal.database import parse_url
 from jobs.chaos.audit import Audit, audit
-from jobs.chaos.faults import FAULTS, Fault, small_disk
+from jobs.chaos.faults import FAULTS, Fault
 from jobs.chaos.load import Load
-from jobs.chaos.postgres import Postgres, private_server
-from jobs.chaos.target import Target
+from jobs.chaos.postgres import Postgres, Schemas, private_server
+from jobs.chaos.target import Target, prepared
 
 USERS = 16
 BACK_S = 240.0
@@ -49,11 +52,13 @@ class Outcome:
     survivor: bool  # something of the killed kind was alive, so none of these may have failed
     version_before: int
     version_after: int | None
+    parts: tuple[str, ...] = ()  # of the system, that the fault took
     errors: list[str] = field(default_factory=list)
 
     @classmethod
     def not_done(cls, fault: Fault, error: Exception) -> Outcome:
-        return cls(fault.name, None, None, 0, 0, 0, fault.survivor, 0, None, [f"{type(error).__name__}: {error}"])
+        told = f"{type(error).__name__}: {error}"
+        return cls(fault.name, None, None, 0, 0, 0, fault.survivor, 0, None, errors=[told])
 
     @property
     def held(self) -> bool:
@@ -67,7 +72,8 @@ async def strike(fault: Fault, target: Target, load: Load) -> Outcome:
     if before is None:
         raise RuntimeError(f"the system is not whole before {fault.name!r}: no weight version is served")
     first = len(load.requests)
-    struck = await asyncio.to_thread(fault.strike, target)
+    done = await asyncio.to_thread(fault.strike, target)
+    struck = done.at
     then = await _answering(target)
     after = None if then is None else await _whole(target, beyond=then["versions"]["head"], judged=_judged(then))
     loop_back = time.time() if after is not None else None
@@ -85,6 +91,7 @@ async def strike(fault: Fault, target: Target, load: Load) -> Outcome:
         survivor=fault.survivor,
         version_before=before,
         version_after=after,
+        parts=done.parts,
         errors=sorted({str(request.error)[:160] for request in failed}),
     )
 
@@ -131,25 +138,17 @@ async def _acknowledged(load: Load, first: int, since: float) -> None:
         await asyncio.sleep(0.1)
 
 
-async def run(names: Sequence[str], folder: Path, database: Postgres | None) -> tuple[list[Outcome], dict[str, Audit]]:
-    """The faults on one shared system, then those that need one of their own; each system is audited at its end."""
+async def run(
+    faults: Sequence[Fault], folder: Path, database: Postgres | Schemas | None
+) -> tuple[list[Outcome], dict[str, Audit]]:
+    """The faults, those of one setting on one system; each system is audited at its end."""
     outcomes: list[Outcome] = []
     audits: dict[str, Audit] = {}
-    kind = "sqlite" if database is None else "postgresql"
-    faults = [FAULTS[name] for name in names if FAULTS[name].database in (None, kind)]
-    shared = [fault for fault in faults if not fault.alone]
-    for group in [shared, *([fault] for fault in faults if fault.alone)]:
-        if not group:
-            continue
-        name = "shared system" if group is shared else group[0].name
-        with ExitStack() as stack:
-            root = folder / name.replace(" ", "-")
-            if group[0].small_disk:
-                stack.enter_context(small_disk(root))
-            target = Target(root, group[0].overrides, database)
-            found, checked = await _on_one_system(group, target)
+    for setting in dict.fromkeys(fault.setting for fault in faults):
+        group = [fault for fault in faults if fault.setting == setting]
+        with prepared(setting, folder, database) as system:
+            found, audits[setting.name] = await _on_one_system(group, system)
         outcomes += found
-        audits[name] = checked
     return outcomes, audits
 
 
@@ -234,32 +233,70 @@ def show(outcomes: Sequence[Outcome], audits: dict[str, Audit]) -> None:
         wide.print(f"audit of {line}")
 
 
+@contextmanager
+def journals(where: str) -> Iterator[Postgres | Schemas | None]:
+    """Where the journals go: None for the runs' folders. Raises ClawrlError if that cannot be had."""
+    if where == "sqlite":
+        yield None
+    elif where == "postgresql":
+        with private_server() as server:
+            yield server
+    else:
+        url = parse_url(where)
+        if url.get_backend_name() != "postgresql":
+            raise JournalError(f"--journal {where!r} names a file; say sqlite, and each run has one of its own")
+        schemas = Schemas(url)
+        try:
+            yield schemas
+        finally:
+            schemas.drop()
+
+
+def possible(faults: Sequence[Fault], database: Postgres | Schemas | None) -> list[Fault]:
+    """Those of the faults that can be done to this database; the others are told."""
+    can = {None, "sqlite"} if database is None else {None, "private"} if isinstance(database, Postgres) else {None}
+    for fault in faults:
+        if fault.database not in can:
+            needed = "--journal sqlite" if fault.database == "sqlite" else "--journal postgresql"
+            console.print(f"chaos: {fault.name!r} is left out, it needs {needed}")
+    return [fault for fault in faults if fault.database in can]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 1 when something was lost, trained twice, refused while it could be served, or did not heal."""
     parser = argparse.ArgumentParser(prog="python -m jobs.chaos", description=__doc__)
     parser.add_argument("--only", action="append", choices=sorted(FAULTS), metavar="NAME", help=", ".join(FAULTS))
-    parser.add_argument("--database", choices=("sqlite", "postgresql"), default="sqlite", help="a private server's")
+    parser.add_argument(
+        "--journal",
+        default="sqlite",
+        metavar="URL",
+        help="sqlite: a file of each run's own (default); postgresql: a private server, started here; or the URL of a "
+        "PostgreSQL database, in which each system has a schema for the time being",
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs/chaos"), help="default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="and the table beside it (.md)")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     folder = options.folder / time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    with ExitStack() as stack:
-        database = stack.enter_context(private_server()) if options.database == "postgresql" else None
-        outcomes, audits = asyncio.run(run(options.only or list(FAULTS), folder.resolve(), database))
+    try:
+        with journals(options.journal) as database:
+            faults = possible([FAULTS[name] for name in options.only or FAULTS], database)
+            outcomes, audits = asyncio.run(run(faults, folder.resolve(), database))
+    except (ClawrlError, FileNotFoundError) as error:
+        print(f"chaos: {error}", file=sys.stderr)
+        return 2
     show(outcomes, audits)
     if options.json:
         found: dict[str, Any] = {
             "users": USERS,
-            "database": options.database,
+            "journal": options.journal if options.journal in ("sqlite", "postgresql") else "a named database",
             "faults": [asdict(one) for one in outcomes],
             "audits": {name: asdict(one) for name, one in audits.items()},
         }
         options.json.with_suffix(".md").write_text(markdown(outcomes, audits))
         options.json.write_text(json.dumps(found, indent=2) + "\n")
-    clean = all(
-        one.acknowledged_lost == 0 and one.trained_twice == 0 and one.consumed_by_none == 0 for one in audits.values()
-    )
-    return 0 if clean and all(one.held for one in outcomes) else 1
+    clean = all(one.clean for one in audits.values())
+    return 0 if clean and outcomes and all(one.held for one in outcomes) else 1
 
 
 if __name__ == "__main__":

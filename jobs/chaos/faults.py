@@ -1,21 +1,38 @@
 """The faults: each is done to a running target under load and returns the moment it struck.
 
-fault(target) ──► seconds since the epoch; the target heals by itself, or by what the fault does next
+fault(target) ──► Struck: when, and what; the target heals by itself, or by what the fault does next
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from jobs.chaos.target import Target
+import psutil
+
+from jobs.chaos.audit import newest_ahead
+from jobs.chaos.clock import wait_until_seen
+from jobs.chaos.postgres import Postgres
+from jobs.chaos.target import Setting, Target
+
+SHARED = Setting()
+HANGING_JUDGE = Setting("hanging judge", overrides=("judge.timeout_s=5",))
+SMALL_DISK = Setting("small disk", disk_mib=900)
+OWN_CLOCK = Setting("clock of its own", own_clock=True)
+TWO_NODES = Setting("two nodes", overrides=("policy.replicas=2",), nodes=2)
+
+
+@dataclass(frozen=True, slots=True)
+class Struck:
+    """When a fault struck, in seconds since the epoch, and the parts of the system that it took."""
+
+    at: float
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,38 +40,32 @@ class Fault:
     """What is done, and whether something of the same kind lives on meanwhile (then no new request may fail)."""
 
     name: str
-    strike: Callable[[Target], float]
+    strike: Callable[[Target], Struck]
     survivor: bool = True
-    overrides: tuple[str, ...] = ()  # of a system of its own
-    small_disk: bool = False
-    database: Literal["sqlite", "postgresql"] | None = None  # the only one it means something for
-
-    @property
-    def alone(self) -> bool:
-        """Whether it needs a system of its own."""
-        return bool(self.overrides) or self.small_disk
+    setting: Setting = SHARED
+    database: Literal["sqlite", "private"] | None = None  # the only one it can be done to
 
 
-def kill(part: str, index: int = 0) -> Callable[[Target], float]:
+def kill(part: str, index: int = 0) -> Callable[[Target], Struck]:
     """kill -9 of the part's process number `index`, oldest first."""
 
-    def strike(target: Target) -> float:
+    def strike(target: Target) -> Struck:
         process = target.processes(part)[index]
         process.kill()
-        return time.time()
+        return Struck(time.time(), (part,))
 
     return strike
 
 
-def kill_application(target: Target) -> float:
+def kill_application(target: Target) -> Struck:
     """kill -9 of everything, then a start on the same run."""
     target.kill_all()
     struck = time.time()
     target.start()
-    return struck
+    return Struck(struck)
 
 
-def tear_last_page(target: Target) -> float:
+def tear_last_page(target: Target) -> Struck:
     """As after a power cut in the middle of a write: half a page of noise behind the last whole frame of the WAL."""
     target.kill_all()
     struck = time.time()
@@ -62,27 +73,27 @@ def tear_last_page(target: Target) -> float:
     with wal.open("ab") as file:
         file.write(os.urandom(2048))
     target.start()
-    return struck
+    return Struck(struck)
 
 
-def restart_database(target: Target) -> float:
+def restart_database(target: Target) -> Struck:
     """PostgreSQL crashes (SIGQUIT: every connection cut, no clean shutdown) and starts again two seconds later."""
-    assert target.database is not None
+    assert isinstance(target.database, Postgres)
     target.database.stop(signal.SIGQUIT)
     struck = time.time()
     time.sleep(2)
     target.database.start()
-    return struck
+    return Struck(struck)
 
 
-def hang_judge(target: Target) -> float:
+def hang_judge(target: Target) -> Struck:
     """The judge's engine stops for ever, alive but silent (SIGSTOP)."""
     process = target.processes("judge engine core")[0]
     process.send_signal(signal.SIGSTOP)
-    return time.time()
+    return Struck(time.time())
 
 
-def fill_disk(target: Target) -> float:
+def fill_disk(target: Target) -> Struck:
     """Not a byte left where the run is written, for ten seconds."""
     filler = target.run_root / "filler"
     struck = time.time()
@@ -93,21 +104,41 @@ def fill_disk(target: Target) -> float:
                 file.flush()
         time.sleep(10)
     filler.unlink()
-    return struck
+    return Struck(struck)
 
 
-@contextmanager
-def small_disk(folder: Path, mib: int = 900) -> Iterator[Path]:
-    """A file system of its own on `folder` (tmpfs; needs root). Raises PermissionError where it may not be mounted."""
-    folder.mkdir(parents=True, exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise PermissionError(f"cannot mount a tmpfs on {folder}: {done.stderr.strip()}; run as root")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=False)
+def jump(hours: float) -> Callable[[Target], Struck]:
+    """The wall clock of all the system's processes is set, and is seen in the journal to have been."""
+
+    def strike(target: Target) -> Struck:
+        assert target.clock is not None
+        target.clock.set(3600 * hours)
+        struck = time.time()
+        wait_until_seen(lambda: newest_ahead(target.journal), 3600 * hours)
+        return Struck(struck)
+
+    return strike
+
+
+def restart_program(target: Target) -> Struck:
+    """`clawrl serve` dies in a cluster that goes on, and Ray Serve with it; then it is started again."""
+    target.kill_program()
+    struck = time.time()
+    target.start()
+    return Struck(struck, ("driver",))
+
+
+def lose_node(target: Target) -> Struck:
+    """The second node dies: kill -9 of its raylet and of all that runs there. Raises RuntimeError if nothing does."""
+    assert target.cluster is not None
+    lost = target.cluster.node(1)
+    parts = target.parts(lost)
+    if not parts:
+        raise RuntimeError("nothing of the system runs on the second node, so its loss would show nothing")
+    for process in lost:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    return Struck(time.time(), parts)
 
 
 FAULTS = {
@@ -128,8 +159,12 @@ FAULTS = {
         Fault("serve controller", kill("ray::ServeController")),
         Fault("application", kill_application, survivor=False),
         Fault("torn last page", tear_last_page, survivor=False, database="sqlite"),
-        Fault("database restart", restart_database, database="postgresql"),
-        Fault("judge hangs", hang_judge, overrides=("judge.timeout_s=5",)),
-        Fault("disk full", fill_disk, survivor=False, small_disk=True, database="sqlite"),
+        Fault("database restart", restart_database, database="private"),
+        Fault("judge hangs", hang_judge, setting=HANGING_JUDGE),
+        Fault("disk full", fill_disk, survivor=False, setting=SMALL_DISK, database="sqlite"),
+        Fault("clock an hour ahead", jump(1), setting=OWN_CLOCK),
+        Fault("clock two hours back", jump(-1), setting=OWN_CLOCK),
+        Fault("program in a cluster", restart_program, survivor=False, setting=TWO_NODES),
+        Fault("second node", lose_node, setting=TWO_NODES),
     )
 }

@@ -1,4 +1,7 @@
-"""A private PostgreSQL for tests and fault injection: its own folder and socket, nothing of the machine is touched."""
+"""PostgreSQL for tests and fault injection: a private server, or schemas for the time being in somebody's database.
+
+The private server has its own folder and socket, nothing of the machine is touched.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,18 @@ import signal
 import subprocess
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
 
 from sqlalchemy import create_engine, text
+from sqlalchemy.engine import URL
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
+
+from clawrl.journal.database import refusing
 
 
 def binaries() -> str | None:
@@ -40,6 +47,34 @@ def private_server() -> Iterator[Postgres]:
         server.stop()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+class Schemas:
+    """Empty schemas in a database that is there already, which `drop` removes again."""
+
+    def __init__(self, url: URL) -> None:
+        """Raises JournalError if it cannot be reached."""
+        self._url, self._names = url, list[str]()
+        self._engine = create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+        with refusing(f"{url.render_as_string()} cannot be used"):
+            self._execute("SELECT 1")
+
+    def fresh(self) -> str:
+        """URL of an empty schema."""
+        name = f"clawrl_chaos_{uuid.uuid4().hex[:8]}"
+        with refusing(f"{self._url.render_as_string()} takes no schema"):
+            self._execute(f"CREATE SCHEMA {name}")
+        self._names.append(name)
+        options = {"options": f"-csearch_path={name}"}
+        return self._url.update_query_dict(options).render_as_string(hide_password=False)
+
+    def drop(self) -> None:
+        while self._names:
+            self._execute(f"DROP SCHEMA {self._names.pop()} CASCADE")
+
+    def _execute(self, statement: str) -> None:
+        with self._engine.connect() as connection:
+            connection.execute(text(statement))
 
 
 class Postgres:

@@ -127,7 +127,8 @@ def test_a_clock_of_its_own_jumps_for_a_process_that_runs(tmp_path):
     with subprocess.Popen([sys.executable, "-c", watch], env=environment, stdin=-1, stdout=-1, text=True) as process:
 
         def seen() -> tuple[float, float]:
-            assert process.stdin and process.stdout
+            assert process.stdin
+            assert process.stdout
             print(file=process.stdin, flush=True)
             wall, monotonic = map(float, process.stdout.readline().split())
             return wall - time.time(), monotonic - time.monotonic()

@@ -248,7 +248,8 @@ class _Worker:
         line = (head.next_number, *head.line)[:LINE]
         _seed(self._loop.trainer.seed, step=head.next_number, rank=self._learner.rank)
         self._inspection.begin(head.number, order.held_out)
-        metrics = self._learner.update(batch.samples, head.number)
+        aside = self._inspection.aside if self._loop.gate.enabled else None
+        metrics = self._learner.update(batch.samples, head.number, aside)
         metrics["lag_mean"] = float(np.mean([lag(head.line, sample.newest_version) for sample in batch.samples]))
         self._version = head.next_number
         decision = self._examined(line, metrics)

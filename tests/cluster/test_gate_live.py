@@ -3,6 +3,7 @@
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import pytest
 import ray
 import torch
 from test_journal_actor import turn
-from test_trainer import BASE, LEARNING, SETTINGS, VERSIONS, alone, get, make_sample  # noqa: F401 (fixture)
+from test_trainer import BASE, LEARNING, SETTINGS, VERSIONS, alone, get, make_sample, tensors  # noqa: F401 (fixture)
 from test_weights import Setup
 
 from clawrl.config import BufferSection, GateSection, TrainerSection
 from clawrl.journal.actor import Journal
 from clawrl.training.buffer import ReplayBuffer
+from clawrl.training.checkpoint import read_buckets
 from clawrl.training.inspection import Inspection
 from clawrl.training.learner import Learner
 from clawrl.training.trainer import TrainLoop, run_trainer
@@ -96,6 +98,45 @@ def test_an_inspection_sees_the_step_between_begin_and_end(learner):
     assert not inspection.end((3, 2, 1, 0), 0.0).finite
 
 
+def test_aside_sees_the_step_of_the_batch_alone_and_leaves_no_trace(learner, alone):  # noqa: F811
+    """Against torch's own AdamW without momentum and decay, in the first step and in one with moments behind it."""
+    plain = Learner(BASE, SETTINGS, LEARNING, alone)
+    for step in range(2):
+        batch = [make_sample(number) for number in range(4 * step, 4 * step + 4)]
+        weights = {name: value.detach().clone() for name, value in whole(learner._parameters).items()}
+        moments = {name: value.clone() for name, value in whole(learner.state()).items() if step}
+        seen: list[dict[str, torch.Tensor]] = []
+        metrics, expected = learner.update(batch, step, partial(look, learner, seen)), plain.update(batch, step)
+        assert metrics["update_norm"] == expected["update_norm"]
+        for name, value in whole(plain.state()).items():
+            assert torch.equal(value, whole(learner.state())[name]), name
+        for name, value in whole(plain._parameters).items():
+            assert torch.equal(value, whole(learner._parameters)[name]), name
+        for name, value in weights.items():
+            value.grad = seen[1][name]
+            optimizer = torch.optim.AdamW(
+                [value], lr=SETTINGS.learning_rate, betas=(0.0, SETTINGS.betas[1]), weight_decay=0
+            )
+            if step:
+                optimizer.state[value] = {key: moments[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            optimizer.step()
+            torch.testing.assert_close(seen[0][name], value, rtol=0, atol=1e-6)
+            assert not torch.equal(value, whole(learner._parameters)[name])
+
+
+def look(learner: Learner, seen: list[dict[str, torch.Tensor]]) -> None:
+    """Keep weights and gradients as they are, and score something."""
+    seen.append({name: value.detach().clone() for name, value in whole(learner._parameters).items()})
+    gradients = {name: parameter.grad for name, parameter in learner._parameters.items()}
+    seen.append({name: value.clone() for name, value in whole(gradients).items()})
+    learner.score([make_sample(50)], 2, 60)
+
+
+def whole(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Tensors of a mesh of one rank, without their sharding."""
+    return {name: getattr(tensor, "_local_tensor", tensor) for name, tensor in tensors.items()}
+
+
 @pytest.fixture(scope="module")
 def run(cluster, tmp_path_factory) -> Any:
     """Three batches at a reckless learning rate under the gate, then the end."""
@@ -104,20 +145,31 @@ def run(cluster, tmp_path_factory) -> Any:
 
 
 def train(folder: Path, settings: TrainerSection) -> tuple[Any, Any]:
+    held_out = [(replace(make_sample(number), held_out=True), 1) for number in range(100, 108)]
+    batches = [[make_sample(batch * BATCH + i) for i in range(BATCH)] for batch in range(3)]
+    return train_on(folder, settings, GATE, held_out, batches)
+
+
+def train_on(
+    folder: Path, settings: TrainerSection, gate: GateSection, held_out: list[tuple[Sample, int]],
+    batches: list[list[Sample]],
+) -> tuple[Any, Any]:  # fmt: skip
+    """A trainer under a gate, batch after batch, each given when the version before is recorded; then the end."""
     journal: Any = ray.remote(Journal).options(num_cpus=0).remote(f"sqlite:///{folder}/journal.sqlite")
     buffer: Any = ray.remote(ReplayBuffer).options(num_cpus=0).remote(BufferSection(batch_size=BATCH), journal)
     store: Any = ray.remote(WeightStore).options(num_cpus=0).remote(VERSIONS, journal, str(folder), "clawrl:tiny")
-    for number in range(100, 108):
-        get(journal.append.remote(replace(make_sample(number), held_out=True), judgement(f"turn-{number}", 1)))
-    loop = TrainLoop(settings, LEARNING, VERSIONS, "clawrl:tiny", buffer, store, journal, GATE)
+    for sample, score in held_out:
+        get(journal.append.remote(sample, judgement(sample.id, score)))
+    loop = TrainLoop(settings, LEARNING, VERSIONS, "clawrl:tiny", buffer, store, journal, gate)
     thread = threading.Thread(target=lambda: run_trainer(loop, str(folder)))
     thread.start()
-    get(journal.append.remote(*(make_sample(i) for i in range(3 * BATCH))))
-    deadline = time.monotonic() + 120
-    while get(journal.counts.remote())["versions"] < 3:
-        assert time.monotonic() < deadline
-        assert thread.is_alive()
-        time.sleep(0.2)
+    for number, batch in enumerate(batches, 1):
+        get(journal.append.remote(*batch))
+        deadline = time.monotonic() + 120
+        while get(journal.counts.remote())["versions"] < number:
+            assert time.monotonic() < deadline
+            assert thread.is_alive()
+            time.sleep(0.1)
     get(buffer.close.remote())
     thread.join(60)
     assert not thread.is_alive()
@@ -142,6 +194,55 @@ def test_no_held_out_sample_is_trained_on(run):
     journal, _ = run
     trained = {name for version in get(journal.versions.remote()) for name in version.samples}
     assert trained == {f"turn-{number}" for number in range(3 * BATCH)}
+
+
+LENIENT = GateSection(
+    min_turns=4, size=24, max_seconds=60, max_kl=100, max_reference_kl=100, max_approved_loss=100,
+    max_approved_loss_recent=100,
+)  # fmt: skip
+"""Nothing but signs is looked at: replies of random tokens move as no person's do."""
+
+
+def liked(learner: Learner, number: int, *, good: bool, version: int, sign: int = 1) -> Sample:
+    """A judged reply in one of two styles, which are sets of tokens; `sign` -1 has it learnt the wrong way round."""
+    rng = np.random.default_rng(number)
+    sample = make_sample(number)
+    ids = np.where(sample.loss_mask, rng.integers(*((100, 140) if good else (200, 240)), len(sample.loss_mask)), 300)
+    sample = replace(sample, token_ids=ids.astype(np.int32), oldest_version=version, newest_version=version)
+    said = said_by(learner, sample)
+    return replace(said, advantages=np.where(said.loss_mask, sign if good else -sign, 0).astype(np.float32))
+
+
+def test_a_batch_turned_round_is_refused_and_leaves_no_moments(cluster, tmp_path, alone):  # noqa: F811
+    """Four batches, one with the wrong sign, which momentum hides, and one more: as if the fifth had never been."""
+    torch.set_num_threads(1)
+    settings = SETTINGS.model_copy(update={"learning_rate": 2e-5})
+    learner = Learner(BASE, settings, LEARNING, alone)
+    styles = [bool(number % 2) for number in range(24)]
+    held_out = [
+        (replace(liked(learner, 900 + i, good=good, version=0), held_out=True), 1 if good else -1)
+        for i, good in enumerate(styles)
+    ]
+    batches = [
+        [
+            liked(learner, 10 * batch + i, good=bool(i % 2), version=min(batch, 4), sign=-1 if batch == 4 else 1)
+            for i in range(BATCH)
+        ]
+        for batch in range(6)
+    ]
+    journal, store = train_on(tmp_path, settings, LENIENT, held_out, batches)
+    versions = get(journal.versions.remote())
+    assert [version.parent for version in versions] == [0, 1, 2, 3, 4, 4]
+    *honest, turned, last = get(journal.gate_decisions.remote())
+    assert all(decision.passed for decision in (*honest, last))
+    assert [check.name for check in turned.checks if not check.passed] == ["lesson"]
+    assert turned.checks[-1].value < 0.2 < 0.8 < last.checks[-1].value
+    assert get(store.latest.remote()) == Head(6, 7, (6, 4, 3, 2, 1, 0))
+    for version in (0, 1, 2, 3, 5):
+        learner.update(batches[version], min(version, 4))
+    expected = tensors(learner.buckets(1 << 30))
+    for name, array in tensors(read_buckets(tmp_path / "versions" / "6", 1 << 30)).items():
+        np.testing.assert_allclose(array, expected[name], atol=2e-6, err_msg=name)
 
 
 def test_the_watch_takes_back_what_people_speak_badly_of(cluster, tmp_path):

@@ -7,7 +7,7 @@ every token. Sent with each token, as vLLM does, they take longer to encode and 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -25,7 +25,7 @@ class CapturingScheduler(AsyncScheduler):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._kept: dict[str, list[LogprobsLists]] = {}
+        self._kept: dict[str, list[Rows]] = {}
 
     def add_request(self, request: Any) -> None:
         params = request.sampling_params
@@ -39,28 +39,59 @@ class CapturingScheduler(AsyncScheduler):
             self._kept.pop(request.request_id, None)
         return finished
 
-    def update_from_output(self, *arguments: Any, **options: Any) -> Any:
-        answer = super().update_from_output(*arguments, **options)
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        if self._kept and model_runner_output.logprobs is not None:
+            model_runner_output.logprobs = Uncut(model_runner_output.logprobs)
+        answer = super().update_from_output(scheduler_output, model_runner_output)
         for batch in answer.values():
             for output in batch.outputs:
-                kept = self._kept.get(output.request_id)
-                if kept is None:
-                    continue
-                if output.new_logprobs is not None:
-                    kept.append(output.new_logprobs)
-                    output.new_logprobs = None
-                if kept and (output.finished or len(kept) >= ROWS):
-                    output.new_logprobs = joined(kept)
-                    kept.clear()
-                if output.finished:
-                    del self._kept[output.request_id]
+                self._hold_back(output)
         return answer
 
+    def _hold_back(self, output: Any) -> None:
+        """Keep an output's rows for later, or send with it those kept so far."""
+        rows, kept = output.new_logprobs, self._kept.get(output.request_id)
+        if kept is None:
+            if isinstance(rows, Rows):
+                output.new_logprobs = joined([rows])
+            return
+        if rows is not None:
+            kept.append(rows)
+            output.new_logprobs = None
+        if kept and (output.finished or len(kept) >= ROWS):
+            output.new_logprobs = joined(kept)
+            kept.clear()
+        if output.finished:
+            del self._kept[output.request_id]
 
-def joined(parts: list[LogprobsLists]) -> LogprobsLists:
-    """The rows of all parts, in their order."""
+
+class Rows(NamedTuple):
+    """Where a request's rows lie among those of a step: `num` from `first` on."""
+
+    step: LogprobsLists
+    first: int
+    num: int
+
+
+class Uncut:
+    """A step's log-probabilities, of which the scheduler wants each request's slice: it gets a note of where they lie.
+
+    Cutting three arrays for each token of each request is dearer than to gather them once for many tokens.
+    """
+
+    def __init__(self, step: LogprobsLists) -> None:
+        self._step = step
+
+    def slice_request(self, index: int, num: int) -> Rows:
+        starts = self._step.cu_num_generated_tokens
+        return Rows(self._step, index if starts is None else starts[index], num)
+
+
+def joined(parts: list[Rows]) -> LogprobsLists:
+    """The rows of all parts, in their order, copied."""
+    cuts = [(part.step, slice(part.first, part.first + part.num)) for part in parts]
     return LogprobsLists(
-        np.concatenate([part.logprob_token_ids for part in parts]),
-        np.concatenate([part.logprobs for part in parts]),
-        np.concatenate([part.sampled_token_ranks for part in parts]),
+        np.concatenate([step.logprob_token_ids[cut] for step, cut in cuts]),
+        np.concatenate([step.logprobs[cut] for step, cut in cuts]),
+        np.concatenate([step.sampled_token_ranks[cut] for step, cut in cuts]),
     )

@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     serving = verbs.add_parser("serving", help="throughput through the gateway against the engine called directly")
     serving.add_argument("--rounds", type=int, default=10, help="pairs to take the median of (default: %(default)s)")
     serving.add_argument("--tokens", type=int, default=256, help="tokens of each reply (default: %(default)s)")
+    serving.add_argument("--in-turn", type=int, default=4, help="replies to each stream (default: %(default)s)")
     swap = verbs.add_parser("swap", help="stalls of running streams while versions are swapped in")
     swap.add_argument("--swaps", type=int, default=20)
     swap.add_argument("--streams", type=int, default=8)
@@ -75,7 +76,7 @@ def _run(options: argparse.Namespace, config: Config) -> tuple[list[figures.Figu
     if options.verb == "serving":
         from jobs.bench.serving import measure as serving
 
-        return serving(config, rounds=options.rounds, num_tokens=options.tokens)
+        return serving(config, rounds=options.rounds, num_tokens=options.tokens, in_turn=options.in_turn)
     if options.verb == "swap":
         from jobs.bench.swap import measure as swap
 

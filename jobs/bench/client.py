@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
 import aiohttp
 
 from jobs.bench.figures import Stream
 
 DONE = b"data: [DONE]"
+Conversation = Sequence[dict[str, Any]]
+Question = TypeVar("Question")
 
 
 def session() -> aiohttp.ClientSession:
@@ -27,13 +29,24 @@ def session() -> aiohttp.ClientSession:
 
 
 async def stream_all(
-    http: aiohttp.ClientSession, url: str, conversations: Sequence[Sequence[dict[str, Any]]], num_tokens: int
+    http: aiohttp.ClientSession, url: str, asked: Sequence[Sequence[Conversation]], num_tokens: int
 ) -> list[Stream]:
-    """Ask for one reply to each conversation, all at the same time."""
-    return await asyncio.gather(*(stream(http, url, messages, num_tokens) for messages in conversations))
+    """Ask for one reply to each conversation: of each list one after the other, of all lists at the same time."""
+    return await side_by_side(asked, lambda messages: stream(http, url, messages, num_tokens))
 
 
-async def stream(http: aiohttp.ClientSession, url: str, messages: Sequence[dict[str, Any]], num_tokens: int) -> Stream:
+async def side_by_side(
+    asked: Sequence[Sequence[Question]], answer: Callable[[Question], Awaitable[Stream]]
+) -> list[Stream]:
+    """The answers to all questions: of each list one after the other, of all lists at the same time."""
+
+    async def in_turn(questions: Sequence[Question]) -> list[Stream]:
+        return [await answer(question) for question in questions]
+
+    return [each for answers in await asyncio.gather(*map(in_turn, asked)) for each in answers]
+
+
+async def stream(http: aiohttp.ClientSession, url: str, messages: Conversation, num_tokens: int) -> Stream:
     """One streamed reply of exactly `num_tokens` tokens; a failure is told in `Stream.error`, not raised."""
     body = {
         "model": "clawrl",

@@ -5,8 +5,9 @@
     logprobs:                          the same, with the log-probabilities that the capture asks for
 
 Each round runs the three on the same fresh prompts, one after the other, in an order that turns round; the ratios are
-medians over the rounds. A direct call is given token ids and its reader is the loop itself; the client of the gateway
-is a process of its own on the same cores, and counts.
+medians over the rounds. A stream asks for its next reply when it has the one before, so that as many are open all the
+time (`--in-turn 1`: all begin at once and each ends by itself). A direct call is given token ids and its reader is the
+loop itself; the client of the gateway is a process of its own on the same cores, and counts.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ class DirectPolicy(Policy):
     """The product's policy replica, whose engine can also be called without anything of ours on the way."""
 
     async def generate_directly(
-        self, conversations: Sequence[Sequence[dict[str, Any]]], num_tokens: int, logprobs: bool
+        self, asked: Sequence[Sequence[client.Conversation]], num_tokens: int, logprobs: bool
     ) -> list[Stream]:
-        """One reply of exactly `num_tokens` tokens to each conversation, all at the same time."""
-        prompts = [await self._engine.render(messages, (), {}) for messages in conversations]  # type: ignore[arg-type]
-        return await asyncio.gather(*(self._direct(prompt, num_tokens, logprobs) for prompt in prompts))
+        """Replies of exactly `num_tokens` tokens: to each list of conversations one after the other, to all lists at
+        the same time."""
+        prompts = [[await self._engine.render(messages, (), {}) for messages in each] for each in asked]
+        return await client.side_by_side(prompts, lambda prompt: self._direct(prompt, num_tokens, logprobs))
 
     async def _direct(self, prompt: list[int], num_tokens: int, logprobs: bool) -> Stream:
         from vllm import SamplingParams
@@ -61,25 +63,26 @@ class DirectPolicy(Policy):
         return Stream(started, tuple(arrivals), arrivals[0], time.time(), num)
 
 
-def conversations(round_: int, streams: int) -> list[list[dict[str, str]]]:
-    """Fresh first messages, none a prefix of another beyond the template."""
-    return [
-        [{"role": "user", "content": f"{round_}.{i}: there are {i} red and {round_} green apples. How many in all?"}]
-        for i in range(streams)
-    ]
+def conversations(round_: int, streams: int, in_turn: int) -> list[list[client.Conversation]]:
+    """For each stream fresh first messages, none a prefix of another beyond the template."""
+    return [[_question(f"{round_}.{i}.{turn}", i, round_ + turn) for turn in range(in_turn)] for i in range(streams)]
 
 
-def measure(config: Config, *, rounds: int, num_tokens: int) -> tuple[list[Figure], dict[str, Any]]:
+def _question(name: str, red: int, green: int) -> client.Conversation:
+    return [{"role": "user", "content": f"{name}: there are {red} red and {green} green apples. How many in all?"}]
+
+
+def measure(config: Config, *, rounds: int, num_tokens: int, in_turn: int) -> tuple[list[Figure], dict[str, Any]]:
     with stage(config, DirectPolicy) as running:
-        return asyncio.run(_measure(running, rounds, num_tokens))
+        return asyncio.run(_measure(running, rounds, num_tokens, in_turn))
 
 
-async def _measure(running: Stage, rounds: int, num_tokens: int) -> tuple[list[Figure], dict[str, Any]]:
+async def _measure(running: Stage, rounds: int, num_tokens: int, in_turn: int) -> tuple[list[Figure], dict[str, Any]]:
     figures: list[Figure] = []
-    details: dict[str, Any] = {"tokens_per_stream": num_tokens, "rounds": rounds}
+    details: dict[str, Any] = {"tokens_per_reply": num_tokens, "replies_in_turn": in_turn, "rounds": rounds}
     async with client.session() as http:
         for streams in STREAMS:
-            runs, cores = await _rounds(running, http, streams, rounds, num_tokens)
+            runs, cores = await _rounds(running, http, streams, rounds, num_tokens, in_turn)
             figures += _figures(streams, runs)
             details[f"tokens_per_s_{streams}"] = {kind: [throughput(run) for run in runs[kind]] for kind in KINDS}
             details[f"cores_{streams}"] = cores
@@ -87,11 +90,11 @@ async def _measure(running: Stage, rounds: int, num_tokens: int) -> tuple[list[F
 
 
 async def _rounds(
-    running: Stage, http: Any, streams: int, rounds: int, num_tokens: int
+    running: Stage, http: Any, streams: int, rounds: int, num_tokens: int, in_turn: int
 ) -> tuple[dict[str, list[list[Stream]]], dict[str, dict[str, float]]]:
     """The streams of each kind, round by round, and how many cores each process kept busy meanwhile."""
 
-    async def run(kind: str, asked: list[list[dict[str, str]]]) -> list[Stream]:
+    async def run(kind: str, asked: list[list[client.Conversation]]) -> list[Stream]:
         if kind == "through":
             return await client.stream_all(http, running.url, asked, num_tokens)
         return await running.policy.generate_directly.remote(asked, num_tokens, kind == "logprobs")
@@ -100,7 +103,7 @@ async def _rounds(
     spent: dict[str, dict[str, float]] = {kind: defaultdict(float) for kind in KINDS}
     seconds: dict[str, float] = defaultdict(float)
     for round_ in range(rounds + 1):
-        asked = conversations(round_, streams)
+        asked = conversations(round_, streams, in_turn)
         for kind in KINDS if round_ % 2 else KINDS[::-1]:
             meter, started = processes.Meter(), time.time()
             found = await run(kind, asked)

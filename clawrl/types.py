@@ -20,6 +20,8 @@ Tool = dict[str, Any]
 
 TurnKind = Literal["main", "side"]
 Role = Literal["user", "tool", "env"]
+EpisodeStatus = Literal["done", "truncated", "timeout", "error", "lost"]
+"""Ended by itself; cut at its turn or token limit; out of time; the environment broke; its worker died."""
 VersionState = Literal["candidate", "serving", "retired", "rejected"]
 
 
@@ -105,6 +107,23 @@ class Feedback:
     def __post_init__(self) -> None:
         if self.score is None and self.text is None:
             raise ValueError("Feedback needs a score or a text")
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """How one attempt at a task ended; its turns are those of its session. Whatever happened, it is data."""
+
+    session: str  # X-Session-Id of its turns
+    source: str  # the environment's name
+    group: str  # attempts that are compared with one another: the same task under the same versions
+    task: str
+    group_size: int  # attempts the group was given; it is complete when so many have ended
+    status: EpisodeStatus
+    outcome: float | None  # verdict in [-1, 1]; None: there is none, the attempt says nothing of the policy
+    rewards: tuple[float, ...]  # of each step, without the outcome
+    reason: str  # what cut it short or broke it; empty where it ended by itself
+    seconds: float
+    at: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ FOREIGN = {
 }
 """Where only these packages beside the standard library may be imported."""
 
-ENV_ALLOWED = ("clawrl.types", "clawrl.rollout.env")
+ENV_ALLOWED = ("clawrl.types", "clawrl.errors", "clawrl.rollout.env")
 
 PURE = [
     "rollout/samples.py",

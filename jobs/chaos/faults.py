@@ -131,12 +131,16 @@ def restart_program(target: Target) -> Struck:
 
 
 def lose_node(target: Target) -> Struck:
-    """The second node dies: kill -9 of its raylet and of all that runs there. Raises RuntimeError if nothing does."""
+    """The second node dies: kill -9 of its raylet and of all that runs there.
+
+    Raises RuntimeError unless policy replicas run on both nodes: else nothing of the system, or no survivor, would.
+    """
     assert target.cluster is not None
     lost = target.cluster.node(1)
+    there = {process.pid for process in lost}
+    if len({process.pid in there for process in target.processes("policy")}) != 2:
+        raise RuntimeError("the policy replicas are all on one node; run the fault again")
     parts = target.parts(lost)
-    if not parts:
-        raise RuntimeError("nothing of the system runs on the second node, so its loss would show nothing")
     for process in lost:
         with suppress(psutil.NoSuchProcess):
             process.kill()

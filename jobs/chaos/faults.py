@@ -109,7 +109,7 @@ def fill_disk(target: Target) -> Struck:
     return Struck(struck)
 
 
-def jump(hours: float) -> Callable[[Target], Struck]:
+def jump(hours: int) -> Callable[[Target], Struck]:
     """The wall clock of all the system's processes is set, and is seen in the journal to have been."""
 
     def strike(target: Target) -> Struck:

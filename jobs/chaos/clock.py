@@ -1,8 +1,8 @@
 """A wall clock of a system's own, which can be set while it runs; the machine's clock stays as it is.
 
 Every process of the system loads a few lines of C (`clock.c`, compiled when needed), which add to the wall clock what a
-file says: all of them see the same jump at the same moment. Monotonic clocks and the times of files stay real, as they do
-when a machine's clock is set. libfaketime does not serve here: under its 0.9.10 Python's `time.sleep` fails.
+file says: all of them see the same jump at the same moment. Monotonic clocks and the times of files stay real.
+libfaketime does not serve here: under its 0.9.10 Python's `time.sleep` fails.
 """
 
 from __future__ import annotations

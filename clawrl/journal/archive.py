@@ -162,12 +162,15 @@ def check(journal: JournalReader) -> list[str]:
         if damage:
             return [f"{line}; restore the journal from a backup" for line in damage]
         with journal.database.snapshot() as connection:
-            return [
-                *_unreadable(connection),
-                *_orphans(connection),
-                *_consumptions(connection),
-                *_checkpoints(connection),
-            ]
+            found = [*_unreadable(connection), *_orphans(connection), *_consumptions(connection)]
+            lost = _lost_checkpoints(connection)
+        if lost:  # or the program that runs beside this has served the next version, and deleted this one's, since
+            with journal.database.snapshot() as connection:
+                lost &= _lost_checkpoints(connection)
+        return found + [
+            f"version {number} has no checkpoint at {path}; restore the folder from a backup, or roll back"
+            for number, path in sorted(lost)
+        ]
 
 
 def _unreadable(connection: Connection) -> Iterator[str]:
@@ -239,13 +242,15 @@ def _consumptions(connection: Connection) -> Iterator[str]:
             yield f"sample {sample} is marked as consumed by version {number}, which did not learn from it"
 
 
-def _checkpoints(connection: Connection) -> Iterator[str]:
-    """The newest serving version and the pinned ones must be on disk; others are deleted in time."""
+def _lost_checkpoints(connection: Connection) -> set[tuple[int, str]]:
+    """The newest serving version and the pinned ones must be on disk, these are not; others are deleted in time."""
     events = connection.execute(select(EVENTS.c.version, EVENTS.c.state).order_by(EVENTS.c.seq)).all()
     serving = [version for version, state in events if state == "serving"][-1:]
     pins = dict(connection.execute(select(PINS.c.version, PINS.c.pinned).order_by(PINS.c.seq)).all())
     kept = {*serving, *(version for version, pinned in pins.items() if pinned)}
     query = select(VERSIONS.c.number, VERSIONS.c.checkpoint).where(VERSIONS.c.number.in_(kept))
-    for number, checkpoint in connection.execute(query.order_by(VERSIONS.c.number)):
-        if checkpoint is not None and not Path(checkpoint).is_dir():
-            yield f"version {number} has no checkpoint at {checkpoint}; restore the folder from a backup, or roll back"
+    return {
+        (number, checkpoint)
+        for number, checkpoint in connection.execute(query)
+        if checkpoint is not None and not Path(checkpoint).is_dir()
+    }

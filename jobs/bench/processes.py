@@ -13,7 +13,17 @@ from pathlib import Path
 import psutil
 
 CLIENT = "client (bench)"
-_RAY = ("raylet", "gcs_server", "ray::ServeController", "agent", "log_monitor", "monitor.py", "runtime_env")
+_RAY = (
+    "raylet",
+    "gcs_server",
+    "ray::ServeController",
+    "agent",
+    "Agent",
+    "Preemption",
+    "log_monitor",
+    "monitor.py",
+    "runtime_env",
+)
 
 
 def role(title: str, parent: str | None) -> str:

@@ -207,11 +207,13 @@ def rows(outcomes: Sequence[Outcome]) -> list[list[str]]:
 
 
 def audited(audits: dict[str, Audit]) -> list[str]:
-    """A line for each system's journal."""
-    return [
-        f"{name}: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in asdict(found).items())
-        for name, found in audits.items()
-    ]
+    """A line for each system's journal, and one for each contradiction in it."""
+    lines = []
+    for name, found in audits.items():
+        figures = {**asdict(found), "contradictions": len(found.contradictions)}
+        lines.append(f"{name}: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in figures.items()))
+        lines += [f"{name}: {contradiction}" for contradiction in found.contradictions]
+    return lines
 
 
 def markdown(outcomes: Sequence[Outcome], audits: dict[str, Audit]) -> str:

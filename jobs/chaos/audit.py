@@ -25,7 +25,7 @@ class Audit:
     acknowledged_lost: int
     trained_twice: int  # samples that two versions learnt from
     consumed_by_none: int  # samples that a version lists and that are not marked as its own, or the reverse
-    contradictions: int  # what `clawrl journal check` finds
+    contradictions: tuple[str, ...]  # what `clawrl journal check` finds
     samples_waiting: int
     versions: int
     rejected: int
@@ -38,7 +38,7 @@ class Audit:
 def audit(url: str, acknowledged: Sequence[str]) -> Audit:
     """Compare the journal at `url` with the response ids that clients saw acknowledged."""
     with closing(JournalReader(url)) as journal:
-        contradictions = archive.check(journal)
+        contradictions = tuple(archive.check(journal))
         with journal.database.snapshot() as connection:
             turns = set(connection.scalars(select(TURNS.c.id)))
             uses = archive.uses(connection)
@@ -52,7 +52,7 @@ def audit(url: str, acknowledged: Sequence[str]) -> Audit:
         acknowledged_lost=len(set(acknowledged) - turns),
         trained_twice=len(uses.twice),
         consumed_by_none=len(uses.unmarked) + len(uses.unlearnt),
-        contradictions=len(contradictions),
+        contradictions=contradictions,
         samples_waiting=samples - consumed,
         versions=versions,
         rejected=len(rejected),

@@ -66,7 +66,7 @@ class Cluster:
         ]
         command += ["--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={free_port()}"]
         if number == 0:
-            command += ["--head", f"--port={self._port}", f"--temp-dir={self._folder}", "--include-dashboard=false"]
+            command += ["--head", f"--port={self._port}", f"--temp-dir={self._folder}", "--include-dashboard=true"]
             command += [f"--ray-client-server-port={free_port()}", f"--dashboard-port={free_port()}"]
         else:
             command += [f"--address={self.environment['RAY_ADDRESS']}"]

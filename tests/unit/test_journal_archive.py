@@ -184,6 +184,25 @@ def test_a_pinned_version_needs_its_checkpoint(store):
     ]
 
 
+def test_a_program_that_goes_on_during_the_check_is_not_damage(store, url, tmp_path, monkeypatch):
+    """It serves the next version, and deletes the checkpoint of the one that served when the check began."""
+    later = tmp_path / "later"
+    later.mkdir()
+    read_all = archive._unreadable
+
+    def meanwhile(connection):
+        yield from read_all(connection)
+        monkeypatch.undo()
+        store.record_version(replace(version(2), checkpoint=str(later)), VersionEvent(2, "serving", "canary", 5.0))
+        (tmp_path / "checkpoint").rmdir()
+
+    monkeypatch.setattr(archive, "_unreadable", meanwhile)
+    with closing(JournalReader(url)) as reader:
+        assert archive.check(reader) == []
+        later.rmdir()
+        assert archive.check(reader)[0].startswith(f"version 2 has no checkpoint at {later}")
+
+
 def test_a_damaged_file(tmp_path, capsys):
     path = tmp_path / "journal.sqlite"
     with closing(JournalStore(f"sqlite:///{path}")) as store:

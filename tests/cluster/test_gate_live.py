@@ -87,7 +87,7 @@ def test_an_inspection_sees_the_step_between_begin_and_end(learner):
     assert evidence.finite
     assert 0 < evidence.update < 0.1
     assert [len(each.token_ids) for each in evidence.batch] == [int(sample.loss_mask.sum()) for sample in batch[:3]]
-    assert [each.value for each in evidence.batch] == [sample.advantages[-1] for sample in batch[:3]]
+    assert [each.value for each in evidence.batch] == [np.asarray(sample.advantages)[-1] for sample in batch[:3]]
     assert [len(each.token_ids) for each in evidence.turns] == [len(each.parent) for each in evidence.turns]
     for each in evidence.turns:
         np.testing.assert_allclose(each.behaviour, each.parent, atol=1e-4)

@@ -230,6 +230,10 @@ def test_the_watch_takes_back_what_people_speak_badly_of(cluster, tmp_path):
     assert "mean score went from" in decision.reason
     ray.kill(watch)
     again: Any = ray.remote(Watch).options(num_cpus=0).remote(GATE, setup.journal, setup.store)
-    time.sleep(1)
+    deadline = time.monotonic() + 30
+    while get(again.stats.remote())["turns"] < 100:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(0.5)
     assert get(again.stats.remote())["turns"] == 100  # a restart does not count the rejected version's turns again
     assert len(get(setup.journal.gate_decisions.remote())) == 1

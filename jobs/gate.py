@@ -141,10 +141,13 @@ def poisoned(config: Config, seeds: int) -> tuple[list[Outcome], list[str]]:
     outcome = run("poisoned", config, PoisonedSystem, _poison_later)
     before, after = outcome.measured["before the poison"], outcome.measured["at the end"]
     found = _common(outcome)
-    if before.score - outcome.measured["at the start"].score < MIN_GAIN / 2:
-        found.append(f"the score had not risen by {MIN_GAIN / 2} before the poison: {before.score:.2f}")
-    if not outcome.stopped:
-        found.append("no version was rejected or taken back: the poison went unnoticed")
+    if before.score - outcome.measured["at the start"].score < MIN_GAIN:
+        found.append(f"the score had not risen by {MIN_GAIN} before the poison: {before.score:.2f}")
+    early = [each.version for each in outcome.stopped if _place(outcome, each.at) < outcome.marks["poison"]]
+    if early:
+        found.append(f"versions {early} were stopped before the poison")
+    if len(early) == len(outcome.stopped):
+        found.append("no version was rejected or taken back after it: the poison went unnoticed")
     for what in ("score", "correct"):
         high = change_interval(getattr(before, what), before.num_replies, getattr(after, what), after.num_replies).high
         if high < 0:

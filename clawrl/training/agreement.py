@@ -22,6 +22,8 @@ from clawrl.types import GateCheck
 
 RIDGE = 1.0
 """Of the mean squared length of a centred reply: strong, for there are more kinds of tokens than replies."""
+MOST_TURNS = 512
+"""Of the newest held-out ones: the work stays well below a second."""
 TINY = 1e-12
 
 
@@ -36,12 +38,13 @@ class ValuedReply:
 def agreement(
     held_out: Sequence[ValuedReply], batch: Sequence[ValuedReply], *, min_turns: int, confidence: float
 ) -> GateCheck | None:
-    """Correlation of the batch's advantages with what held-out scores let one expect of its replies.
+    """Correlation of the batch's advantages with what held-out scores, newest first, let one expect of its replies.
 
     Fails where even the upper bound of its bootstrap over the batch is negative. None if fewer than `min_turns`
     held-out replies were approved or refused, or are in the batch, or if the guesses of held-out scores, each from the
     others alone, are not beyond their noise better than none.
     """
+    held_out = held_out[:MOST_TURNS]
     values = np.array([reply.value for reply in held_out])
     if min((values > 0).sum(), (values < 0).sum(), len(batch)) < min_turns:
         return None

@@ -59,8 +59,9 @@ def agreement(
 
 
 def _features(replies: Sequence[np.ndarray]) -> np.ndarray:
-    """f64[N, COLUMNS]: log(1 + count) of each kind of token, every row of length 1."""
-    scaled = np.log1p([np.bincount(ids % COLUMNS, minlength=COLUMNS) for ids in replies])
+    """f64[N, V]: log(1 + count) of each of the V kinds of token that occur, every row of length 1."""
+    counts = np.stack([np.bincount(ids % COLUMNS, minlength=COLUMNS) for ids in replies])
+    scaled = np.log1p(counts[:, counts.any(0)])
     return scaled / np.maximum(np.linalg.norm(scaled, axis=1, keepdims=True), TINY)
 
 

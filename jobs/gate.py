@@ -342,7 +342,7 @@ def draw(name: str, outcomes: Sequence[Outcome], file: Path) -> None:
     """Per run: what people saw over conversations, the versions that came, those stopped in red, and a check below."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.9 * len(outcomes)), dpi=100, layout="constrained")
+    figure = Figure(figsize=(9, 3.9 * len(outcomes)), dpi=80, layout="constrained")
     panels = figure.subfigures(len(outcomes), 1, squeeze=False)[:, 0]
     for panel, outcome in zip(panels, outcomes, strict=True):
         upper, lower = panel.subplots(2, 1, sharex=True, height_ratios=[3, 1])

@@ -51,7 +51,7 @@ class SandboxSpec:
                 raise ConfigError(f"sandbox {name}={value!r} is too little to start in; use {least} or more, or None")
         for name in ("cpus", "timeout"):
             value = getattr(self, name)
-            if not (value is None and name == "cpus") and not value > 0:
+            if (value is not None or name != "cpus") and not (isinstance(value, int | float) and value > 0):
                 raise ConfigError(f"sandbox {name}={value!r} must be above 0")
         for name, allowed in (("network", ("none", "host")), ("limits", ("enforce", "best_effort"))):
             if getattr(self, name) not in allowed:

@@ -84,7 +84,11 @@ class ProcessSandbox(RunningSandbox):
         return ProcessSandbox(replace(self.spec, image=self.snapshot()), self.label)
 
     def put_tar(self, tar, at: str = ".") -> None:
-        super().put_tar(tar, str(Path(self._workdir, at if at != "/" else ".")))
+        files = self._folder / "files"
+        folder = files if at == "/" else (files / at).resolve()
+        if folder != files and files not in folder.parents:
+            raise SandboxError(f"backend process would write {folder} on this machine itself; name a folder in {files}")
+        super().put_tar(tar, str(folder))
 
     def _start(self, command: Sequence[str], env: Mapping[str, str], cwd: str, *, merge: bool) -> LocalProcess:
         errors = subprocess.STDOUT if merge else subprocess.PIPE

@@ -37,12 +37,18 @@ FIRST = "trap 'exit 0' TERM; while :; do sleep 86400 & wait $!; done"
 """Pid 1: buries orphans, ends at once when told to."""
 
 KILL = r"""
-kill_below() { for stat in /proc/[0-9]*/stat; do
+below() { for stat in /proc/[0-9]*/stat; do
   read -r line <"$stat" 2>/dev/null || continue
-  pid=${line%% *}; rest=${line##*) }; rest=${rest#* }
-  if [ "${rest%% *}" = "$1" ]; then ( kill_below "$pid" ); kill -9 "$pid" 2>/dev/null; fi
+  rest=${line##*) }; rest=${rest#* }
+  case " $found " in *" ${rest%% *} "*) case " $found " in *" ${line%% *} "*) ;; *)
+    kill -STOP "${line%% *}" 2>/dev/null && found="$found ${line%% *}" && new=1 ;;
+  esac ;; esac
 done; }
-kill_below "$1"; [ "$2" = all ] && kill -9 "$1" 2>/dev/null; :
+found=$1 new=1
+[ "$2" = all ] && kill -STOP "$1"
+while [ $new = 1 ]; do new=0; below; done
+[ "$2" = all ] || found=${found#"$1"}
+kill -KILL $found 2>/dev/null; :
 """
 """$1 a pid, $2 whether it too; walks /proc, since images need not have ps."""
 
@@ -149,7 +155,7 @@ def disk_limits() -> bool:
 def _quota_works() -> bool:
     api = client().api
     for image in api.images(quiet=True)[:1]:
-        config = api.create_host_config(storage_opt={"size": "16m"})
+        config = api.create_host_config(storage_opt={"size": "100g"})
         try:
             made = api.create_container(image, ["/none"], host_config=config)
         except errors.APIError:
@@ -202,7 +208,7 @@ def _imported(key: str, give: Callable[[Callable[[IO[bytes]], None]], None]) -> 
 
 
 def inspect_image(name: str) -> tuple[str, dict[str, Any]]:
-    """(id, env, workdir and user) of an image that docker has. Raises SandboxError if it has none."""
+    """(id, env, workdir, user and size) of an image that docker has. Raises SandboxError if it has none."""
     try:
         there = _has(name) or _pulled(name)
     except SandboxError as error:
@@ -216,6 +222,7 @@ def inspect_image(name: str) -> tuple[str, dict[str, Any]]:
     config = found["Config"] or {}
     env = dict(each.split("=", 1) for each in config.get("Env") or [])
     facts = {"env": env, "workdir": config.get("WorkingDir") or None, "user": config.get("User") or ""}
+    facts["size"] = found.get("Size", 0)
     return found["Id"].removeprefix("sha256:")[:24], facts
 
 
@@ -261,7 +268,9 @@ class DockerSandbox(RunningSandbox):
         if spec.cpus is not None and facts.get("CpuCfsQuota"):
             options["nano_cpus"] = int(spec.cpus * 1e9)
         if spec.disk is not None and disk_limits():
-            options["storage_opt"] = {"size": str(spec.disk)}
+            # btrfs counts all that a container sees, overlay only what it wrote
+            shared = self._config["size"] if facts.get("Driver") == "btrfs" else 0
+            options["storage_opt"] = {"size": str(spec.disk + shared)}
         elif spec.disk is not None:
             options["ulimits"].append({"Name": "fsize", "Soft": spec.disk, "Hard": spec.disk})
         with self._lock:
@@ -343,7 +352,7 @@ class DockerProcess(Process):
         terminal: bool, merge: bool,
     ) -> None:  # fmt: skip
         self._sandbox, self._terminal, self._merge = sandbox, terminal, merge
-        words = ["/bin/sh", "-c", 'echo "$$"; exec "$@"', "sh", *command]
+        words = ["/bin/sh", "-c", f'echo "$$"; exec "$@"{" 2>&1" if merge else ""}', "sh", *command]
         api = client().api
         try:
             made = _asking(

@@ -47,6 +47,7 @@ def skeleton(root: Path) -> None:
     for name in ("bin", "sbin", "lib", "lib64"):
         if not (root / name).exists():
             (root / name).symlink_to(f"usr/{name}")
+    root.chmod(0o755)
     for name in ("tmp", "var/tmp"):
         (root / name).chmod(0o1777)
     for name, text in _FILES.items():

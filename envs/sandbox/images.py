@@ -28,7 +28,7 @@ from clawrl.errors import SandboxError
 from envs.sandbox import hostroot, labels, mapped
 from envs.sandbox.labels import Label
 
-FORMAT = "1"
+FORMAT = "2"
 """Part of every key: layers made by other code than this are not taken."""
 
 _COMPRESSION = {b"\x1f\x8b": "-z", b"BZh": "-j", b"\xfd7zXZ\x00": "-J", b"\x28\xb5\x2f\xfd": "--zstd"}

@@ -31,7 +31,6 @@ TERMINAL = _PROGRAM.format(bash="--norc --noprofile --noediting -i", sh="-i")
 """What starts the shell inside: bash where there is one, else sh."""
 
 _QUIET = "stty -echo 2>/dev/null; PS2="
-_MARKER = 48  # bytes that a marker may take, with its newlines and a return
 _LONGEST = 1000  # bytes of one line; a terminal holds 4095
 
 
@@ -124,7 +123,7 @@ class LiveShell(Shell):
 
         The marker is split in what the shell reads, so that an echo of it is not taken for it.
         """
-        token = secrets.token_hex(12)
+        self._token = token = secrets.token_hex(12)
         self._marker, self._status = re.compile(rf"\n{token}:(\d+)\n".encode()), None
         show = f"printf '\\n%s%s:%d\\n' {token[:12]} {token[12:]} $?"
         if not self._pty:
@@ -150,7 +149,7 @@ class LiveShell(Shell):
             return False
         found = self._marker.search(self._window)
         if found is None:
-            self._move(max(0, len(self._window) - _MARKER))
+            self._move(_certain(self._window, self._token))
             return False
         self._move(found.start())
         self._window = self._window[found.end() - found.start() :]
@@ -161,6 +160,16 @@ class LiveShell(Shell):
         """What is certainly output goes from the window to the screen."""
         self._screen.add(self._window[:size])
         self._window = self._window[size:]
+
+
+def _certain(window: bytes, token: str) -> int:
+    """How many bytes of the window cannot be the beginning of a marker."""
+    at = window.rfind(b"\n")
+    if at < 0:
+        return len(window) - window.endswith(b"\r")
+    marker, tail = f"\n{token}:".encode(), window[at:].removesuffix(b"\r")
+    begins = marker.startswith(tail) or (tail.startswith(marker) and tail[len(marker) :].isdigit())
+    return at if begins else len(window) - window.endswith(b"\r")
 
 
 def _wrapped(command: str, pty: bool) -> str:

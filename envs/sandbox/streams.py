@@ -274,13 +274,23 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def kill_tree(pid: int, *, itself: bool = True, rounds: int = 20) -> None:
-    """SIGKILL to a process and its descendants, again until none is left that was not seen (a fork bomb)."""
+def kill_tree(pid: int, *, itself: bool = True, rounds: int = 50) -> None:
+    """SIGKILL to a process and its descendants.
+
+    All are stopped first, parents before children, until no new one turns up: a parent that sees its child end goes on.
+    """
+    found: dict[int, None] = {pid: None} if itself else {}
+    _signal(found, signal.SIGSTOP)
     for _ in range(rounds):
-        below = descendants(pid)
-        for each in below[::-1] + ([pid] if itself else []):
-            with suppress(OSError):
-                os.kill(each, signal.SIGKILL)
-        if not below:
-            return
-        time.sleep(0.005)
+        new = [each for each in descendants(pid) if each not in found]
+        if not new:
+            break
+        _signal(new, signal.SIGSTOP)
+        found |= dict.fromkeys(new)
+    _signal(found, signal.SIGKILL)
+
+
+def _signal(pids: Iterable[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with suppress(OSError):
+            os.kill(pid, number)

@@ -32,6 +32,9 @@ from envs.sandbox.streams import CHUNK, Process
 SNAPSHOTS = "clawrl-snapshot:"
 LAYERS = "clawrl-layer:"
 TIMEOUT = 120
+LATE, KILLING = 1.0, 10.0
+"""Seconds for which output may come after the end of what wrote it, and that ending a process may take."""
+
 CAPABILITIES = "CHOWN DAC_OVERRIDE FOWNER FSETID KILL SETGID SETUID SETPCAP NET_BIND_SERVICE".split()
 FIRST = "trap 'exit 0' TERM; while :; do sleep 86400 & wait $!; done"
 """Pid 1: buries orphans, ends at once when told to."""
@@ -368,7 +371,7 @@ class DockerProcess(Process):
         self._socket.setblocking(False)
         self._buffer, self._first, self.inner = b"", b"", None
         self._reading, self._writing, self._code = True, True, None
-        self._looked = 0.0
+        self._looked, self._late = 0.0, 0.0
 
     def outputs(self):
         return (self._socket.fileno(),) if self._reading else ()
@@ -436,7 +439,8 @@ class DockerProcess(Process):
                 return True
             if not found["Running"] and found["ExitCode"] is not None:
                 self._code = found["ExitCode"]
-        return self._code is not None
+                self._late = time.monotonic() + LATE
+        return self._code is not None and (not self._reading or time.monotonic() > self._late)
 
     def code(self) -> int | None:
         if self._code == -1:
@@ -461,8 +465,11 @@ class DockerProcess(Process):
             made = _asking(
                 "kill", api.exec_create, self._sandbox._container, ["/bin/sh", "-c", KILL, "sh", str(self.inner), what]
             )
-            _asking("kill", api.exec_start, made["Id"])
-            done = _asking("kill", api.exec_inspect, made["Id"])["ExitCode"] == 0
+            _asking("kill", api.exec_start, made["Id"], detach=True)
+            done, deadline = False, time.monotonic() + KILLING
+            while not done and time.monotonic() < deadline:
+                done = not _asking("kill", api.exec_inspect, made["Id"])["Running"]
+                time.sleep(0 if done else 0.01)
         except SandboxError:
             done = False
         if not done:

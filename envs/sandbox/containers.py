@@ -36,8 +36,8 @@ LATE, KILLING = 1.0, 10.0
 """Seconds for which output may come after the end of what wrote it, and that ending a process may take."""
 
 CAPABILITIES = "CHOWN DAC_OVERRIDE FOWNER FSETID KILL SETGID SETUID SETPCAP NET_BIND_SERVICE".split()
-FIRST = "trap 'exit 0' TERM; while :; do sleep 86400 & wait $!; done"
-"""Pid 1: buries orphans, ends at once when told to."""
+FIRST = "trap '' HUP INT TERM; while :; do sleep 86400 & wait $!; done"
+"""Pid 1: buries orphans; nobody inside can end it."""
 
 KILL = r"""
 below() { for stat in /proc/[0-9]*/stat; do

@@ -213,9 +213,9 @@ class NamespaceSandbox(RunningSandbox):
 
     def _joining(self, names: Sequence[str]) -> list[str]:
         """nsenter's options for namespaces that are open. By path: an inherited descriptor would come along inside."""
-        options = {"user": "--user", "mnt": "--mount", "net": "--net", "ipc": "--ipc", "uts": "--uts", "pid": "--pid"}
+        options = {"user": "--user", "mnt": "--mount", "net": "--net", "ipc": "--ipc", "uts": "--uts"}
         there = f"/proc/{os.getpid()}/fd"
-        keep = ["--no-fork"] if mapped.as_root() else ["--no-fork", "--preserve-credentials"]
+        keep = [] if mapped.as_root() else ["--preserve-credentials"]
         return [f"{options[name]}={there}/{self._spaces[name]}" for name in names if name in self._spaces] + keep
 
     def _limiting(self) -> list[str]:
@@ -372,7 +372,7 @@ class BwrapSandbox(NamespaceSandbox):
         first = "pid" not in self._spaces
         words = [
             "nsenter",
-            *self._joining(("user", "mnt", "pid", "net", "ipc", "uts")),
+            *self._joining(("user", "mnt", "net", "ipc", "uts")),
             "--",
             *self._limiting(),
             "bwrap",
@@ -380,6 +380,8 @@ class BwrapSandbox(NamespaceSandbox):
         if first:
             words += ["--unshare-pid", "--as-pid-1", "--unshare-ipc", "--unshare-uts", "--hostname", HOSTNAME]
             words += ["--unshare-net"] if self.spec.network == "none" else []
+        else:  # comes along inside, where it says no more than /proc/self/ns/pid
+            words += ["--pidns", str(self._spaces["pid"])]
         words += ["--json-status-fd", str(status), "--bind", root, "/"]
         for name in self._image.binds:
             words += ["--ro-bind", name, name]
@@ -388,7 +390,7 @@ class BwrapSandbox(NamespaceSandbox):
         words += ["--clearenv", *(word for name, value in env.items() for word in ("--setenv", name, value))]
         if terminal:  # a session of its own inside, which takes the terminal as its own
             command = ["/bin/sh", "-c", 'exec <>/dev/console >&0 2>&0; exec "$@"', "sh", *command]
-        return [*words, "--new-session", "--chdir", cwd, "--", *command], []
+        return [*words, "--new-session", "--chdir", cwd, "--", *command], [] if first else [self._spaces["pid"]]
 
     def _filtered(self, words, rules):
         at = words.index("bwrap") + 1

@@ -66,9 +66,9 @@ def client() -> Any:
         try:
             found = docker.from_env(timeout=TIMEOUT)
             found.ping()
-        except (errors.DockerException, OSError) as error:
+        except (errors.DockerException, OSError):
             where = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
-            raise SandboxError(f"no docker daemon answers at {where}: start it, or set DOCKER_HOST ({error})") from None
+            raise SandboxError(f"no docker daemon answers at {where}: start it, or set DOCKER_HOST") from None
         _clients.client, _clients.key = found, key
     return _clients.client
 

@@ -408,6 +408,6 @@ def traces(ids: list[str]) -> list[str]:
     if os.environ.get("DOCKER_HOST"):
         import docker
 
-        names = [each.name for each in docker.from_env().containers.list(all=True)]
+        names = [str(each.name) for each in docker.from_env().containers.list(all=True)]
         found += [name for name in names if any(id in name for id in ids)]
     return found

@@ -324,6 +324,16 @@ def test_host_is_an_image_where_it_can_be(backend):
     assert not sandbox.exec("touch /usr/bin/x").ok
 
 
+def test_auto_takes_what_works_and_says_why_not(home, backend_of, monkeypatch):
+    backend_of("unshare")
+    limits = "enforce" if os.getuid() == 0 else "best_effort"
+    with open_sandbox(SandboxSpec("base", limits=limits)) as sandbox:
+        assert sandbox.backend in ("bwrap", "unshare")
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere")
+    with pytest.raises(SandboxError, match="no-such-image:1.*docker cannot be asked.*set DOCKER_HOST"):
+        open_sandbox(SandboxSpec("no-such-image:1", limits=limits))
+
+
 @pytest.mark.parametrize("wrong", [{"memory": 10}, {"cpus": 0}, {"network": "all"}, {"image": ""}, {"workdir": "x"}])
 def test_a_wrong_spec_is_refused(wrong):
     with pytest.raises(ConfigError):

@@ -23,8 +23,9 @@ def open_sandbox(spec: SandboxSpec, backend: str = "auto", run: str = "local") -
     """A running sandbox. backend: auto, bwrap, docker, unshare, or process (no isolation at all; never by auto).
 
     auto is docker for a tag that docker has (or can pull), if the limits hold there, else bwrap, else unshare; images
-    of this machine start in bwrap or unshare where these work. `run` labels the sandbox: the first call for a run removes what killed processes of that run left on this
-    machine. Raises SandboxError with the reason of each backend and what would help.
+    of this machine start in bwrap or unshare where these work. `run` labels the sandbox: the first call for a run
+    removes what killed processes of that run left on this machine. Raises SandboxError with the reason of each backend
+    and what would help.
     """
     if backend not in ("auto", *BACKENDS):
         raise ConfigError(f"sandbox backend {backend!r} is not one of auto, {', '.join(BACKENDS)}")

@@ -308,7 +308,7 @@ def test_images_are_tars_and_folders_too(backend):
 
 
 def test_an_image_that_is_not_there_is_named(backend):
-    with pytest.raises(SandboxError, match="no-such-image:1"):
+    with pytest.raises(SandboxError, match=r"no-such-image:1"):
         backend.open("no-such-image:1")
 
 
@@ -330,7 +330,7 @@ def test_auto_takes_what_works_and_says_why_not(home, backend_of, monkeypatch):
     with open_sandbox(SandboxSpec("base", limits=limits)) as sandbox:
         assert sandbox.backend in ("bwrap", "unshare")
     monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere")
-    with pytest.raises(SandboxError, match="no-such-image:1.*docker cannot be asked.*set DOCKER_HOST"):
+    with pytest.raises(SandboxError, match=r"no-such-image:1.*docker cannot be asked.*set DOCKER_HOST"):
         open_sandbox(SandboxSpec("no-such-image:1", limits=limits))
 
 

@@ -32,8 +32,9 @@ from envs.sandbox.streams import CHUNK, Process
 SNAPSHOTS = "clawrl-snapshot:"
 LAYERS = "clawrl-layer:"
 TIMEOUT = 120
-LATE, KILLING = 1.0, 10.0
-"""Seconds for which output may come after the end of what wrote it, and that ending a process may take."""
+LATE, FIRST_LATE, KILLING = 2.0, 20.0, 10.0
+"""Seconds without output after a command's end that say that only its daemons hold the stream (of none at all: that it
+got lost), and seconds that ending a process may take."""
 
 CAPABILITIES = "CHOWN DAC_OVERRIDE FOWNER FSETID KILL SETGID SETUID SETPCAP NET_BIND_SERVICE".split()
 FIRST = "trap '' HUP INT TERM; while :; do sleep 86400 & wait $!; done"
@@ -389,6 +390,7 @@ class DockerProcess(Process):
         if not data:
             self._reading = False
             return []
+        self._late = time.monotonic()
         pieces = [(1, data)] if self._terminal else self._frames(data)
         if self.inner is None:
             pieces = [piece for each in pieces for piece in self._without_pid(each)]
@@ -439,8 +441,9 @@ class DockerProcess(Process):
                 return True
             if not found["Running"] and found["ExitCode"] is not None:
                 self._code = found["ExitCode"]
-                self._late = time.monotonic() + LATE
-        return self._code is not None and (not self._reading or time.monotonic() > self._late)
+                self._late = time.monotonic()
+        patience = FIRST_LATE if self.inner is None else LATE
+        return self._code is not None and (not self._reading or time.monotonic() > self._late + patience)
 
     def code(self) -> int | None:
         if self._code == -1:

@@ -27,12 +27,12 @@ from envs.sandbox.labels import Label
 from envs.sandbox.running import RunningSandbox
 from envs.sandbox.shells import Resize
 from envs.sandbox.spec import SandboxSpec
-from envs.sandbox.streams import CHUNK, Process
+from envs.sandbox.streams import CHUNK, Process, wait_for_one
 
 SNAPSHOTS = "clawrl-snapshot:"
 LAYERS = "clawrl-layer:"
 TIMEOUT = 120
-LATE, FIRST_LATE, KILLING = 2.0, 20.0, 10.0
+LATE, FIRST_LATE, KILLING = 2.0, 20.0, 30.0
 """Seconds without output after a command's end that say that only its daemons hold the stream (of none at all: that it
 got lost), and seconds that ending a process may take."""
 
@@ -453,11 +453,19 @@ class DockerProcess(Process):
         return self._code
 
     def kill(self) -> None:
+        """The daemon tells no other exec's end while a stream that nobody reads is full: it is closed first."""
         if not self.ended():
+            deadline = time.monotonic() + KILLING
+            while self.inner is None and self._reading and time.monotonic() < deadline:  # it has just been started
+                wait_for_one(self, 0.2)
+                for descriptor in self.outputs():
+                    self.receive(descriptor)
+            self.close()
             self._kill("all")
 
     def kill_below(self) -> None:
-        self._kill("below")
+        """Beside the caller, who goes on reading."""
+        threading.Thread(target=self._kill, args=("below",), daemon=True).start()
 
     def _kill(self, what: str) -> None:
         """From inside; where no process can be started any more (a fork bomb) all of the container's end."""

@@ -30,6 +30,7 @@ from clawrl.journal.actor import Journal
 from clawrl.journal.store import JournalStore
 from clawrl.rollout.collector import Collector
 from clawrl.serving import app
+from clawrl.serving.keys import FILE, KeyRing, require_keys_beyond_loopback
 from clawrl.serving.redaction import Redactor
 from clawrl.training.buffer import ReplayBuffer
 from clawrl.training.trainer import TrainLoop, run_trainer
@@ -197,6 +198,8 @@ def check(config: Config) -> None:
         except ConfigError as error:
             raise ConfigError(f"{section}.model: {error}") from None
     Redactor(config.privacy)
+    keys = KeyRing(Path(config.run_root).resolve() / FILE)
+    require_keys_beyond_loopback(keys, config.gateway.host, config.gateway.anyone)
     host, port = config.gateway.host, config.gateway.port
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

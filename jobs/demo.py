@@ -264,7 +264,13 @@ class _TimedStream(httpx2.AsyncByteStream):
 def open_client(url: str, wire: Wire) -> openai.AsyncOpenAI:
     """The official client; without retries, so that every failed request is counted."""
     http = openai.DefaultAsyncHttpxClient(transport=_TimedTransport(wire), trust_env=False)
-    return openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=REQUEST_S, http_client=http)
+    return openai.AsyncOpenAI(
+        base_url=url,
+        api_key=os.environ.get("CLAWRL_API_KEY", "none"),
+        max_retries=0,
+        timeout=REQUEST_S,
+        http_client=http,
+    )
 
 
 # -- watching ----------------------------------------------------------------------------------------------------------

@@ -103,8 +103,21 @@ class Journal:
         return await self._read(self._open_turn, user, conversation)
 
     def _open_turn(self, user: str, conversation: str) -> tuple[str, str, int] | None:
-        unrecorded = self._store.unrecorded(user, conversation)
+        unrecorded = self._store.unrecorded(user, [conversation])
         return ("", unrecorded, 0) if unrecorded is not None else self._store.open_turn(user, conversation)
+
+    async def continued(
+        self, user: str, conversations: list[str], session: str | None
+    ) -> tuple[str, str, int, int] | None:
+        """(id, session, index, position in the list) of the newest main turn of the first conversation that is known.
+
+        In the session if one is named. The id is empty if one of them was served unrecorded after that.
+        """
+        return await self._read(self._continued, user, conversations, session)
+
+    def _continued(self, user: str, conversations: list[str], session: str | None) -> tuple[str, str, int, int] | None:
+        unrecorded = self._store.unrecorded(user, conversations)
+        return ("", unrecorded, 0, 0) if unrecorded else self._store.continued(user, conversations, session)
 
     async def last_turn(self, user: str, session: str) -> tuple[str, str, int, str] | None:
         """(id, session, index, conversation) of the newest main turn of a session."""

@@ -48,7 +48,13 @@ _TO_2 = [  # what tells a repeated request; held-out samples; pins, gate, consen
         SELECT s.seq, s.id FROM samples s WHERE NOT EXISTS (SELECT 1 FROM consumptions c WHERE c.sample = s.id)""",
 ]
 
-STEPS: dict[int, list[str]] = {1: _TO_2}
+_TO_3 = [  # why a turn was classed so, what it goes on with, and whose a session is
+    "ALTER TABLE turns ADD COLUMN reason TEXT DEFAULT '' NOT NULL",
+    "ALTER TABLE turns ADD COLUMN parent TEXT",
+    'CREATE INDEX turns_session_user ON turns (session, "user")',
+]
+
+STEPS: dict[int, list[str]] = {1: _TO_2, 2: _TO_3}
 """Statements that lead from a schema to the next."""
 
 

@@ -130,6 +130,22 @@ class JournalReader:
         query = select(TURNS.c.id, TURNS.c.session, TURNS.c.index)
         return self._newest_main_turn(query.where(TURNS.c.user == user, TURNS.c.conversation == conversation))
 
+    def continued(
+        self, user: str, conversations: Sequence[str], session: str | None = None
+    ) -> tuple[str, str, int, int] | None:
+        """(id, session, index, position) of the newest main turn of the first of the conversations that is known.
+
+        The user's; in the session, if one is named.
+        """
+        query = select(TURNS.c.id, TURNS.c.session, TURNS.c.index).where(TURNS.c.user == user)
+        if session is not None:
+            query = query.where(TURNS.c.session == session)
+        for at, conversation in enumerate(conversations):
+            found = self._newest_main_turn(query.where(TURNS.c.conversation == conversation))
+            if found is not None:
+                return *found, at
+        return None
+
     def last_turn(self, user: str, session: str) -> tuple[str, str, int, str] | None:
         """(id, session, index, conversation) of the newest main turn of a session."""
         query = select(TURNS.c.id, TURNS.c.session, TURNS.c.index, TURNS.c.conversation)
@@ -230,9 +246,9 @@ class JournalReader:
         )
         return [score for _, score in sorted(tuple(row.values()) for row in self._rows(query))]
 
-    def unrecorded(self, user: str, conversation: str) -> str | None:
-        """The session in which the user's conversation of this digest was last served, unrecorded; None: it was not."""
-        rows = self._rows(erasure.unrecorded_session(user, conversation))
+    def unrecorded(self, user: str, conversations: Sequence[str]) -> str | None:
+        """The session in which one of the user's conversations was last served, unrecorded; None: none was."""
+        rows = self._rows(erasure.unrecorded_session(user, conversations))
         return rows[0]["session"] if rows else None
 
     def consents(self, after: int, limit: int) -> list[tuple[int, Consent]]:

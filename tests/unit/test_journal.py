@@ -479,7 +479,7 @@ class TestOpening:
             connection.exec_driver_sql("UPDATE meta SET value = '99' WHERE name = 'schema'")
         store.close()
         for opener in (JournalStore, JournalReader):
-            with pytest.raises(JournalError, match=r"has schema 99 and this clawrl knows 2; use the clawrl that wrote"):
+            with pytest.raises(JournalError, match=r"has schema 99 and this clawrl knows 3; use the clawrl that wrote"):
                 opener(url)
 
     def test_another_programs_database_stays_as_it_is(self, url):

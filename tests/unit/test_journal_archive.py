@@ -107,7 +107,7 @@ def test_useless_folders(store, tmp_path):
     with pytest.raises(JournalError, match=r"samples\.parquet is no export"):
         archive.restore(store, full)
     pq.write_table(pq.read_table(full / "turns.parquet").replace_schema_metadata({}), full / "samples.parquet")
-    with pytest.raises(JournalError, match="exported with schema none and this clawrl knows 2"):
+    with pytest.raises(JournalError, match="exported with schema none and this clawrl knows 3"):
         archive.restore(store, full)
     (full / "samples.parquet").unlink()
     with pytest.raises(JournalError, match=r"samples\.parquet is missing"):

@@ -113,7 +113,7 @@ def layout(url: str) -> dict[str, set]:
 
 
 def test_all_records_are_there_and_all_works(old):
-    with pytest.raises(JournalError, match="has schema 1 and this clawrl reads 2; `clawrl serve` brings it up to date"):
+    with pytest.raises(JournalError, match="has schema 1 and this clawrl reads 3; `clawrl serve` brings it up to date"):
         JournalReader(old)
     with closing(JournalStore(old)) as store:
         for record in RECORDS[:4]:

@@ -139,7 +139,8 @@ class JournalReader:
         """
         query = select(TURNS.c.id, TURNS.c.session, TURNS.c.index).where(TURNS.c.user == user)
         if session is not None:
-            query = query.where(TURNS.c.session == session)
+            # not by the session's index: it may have many turns, of which few say the same
+            query = query.where(TURNS.c.session.concat("") == session)
         for at, conversation in enumerate(conversations):
             found = self._newest_main_turn(query.where(TURNS.c.conversation == conversation))
             if found is not None:
@@ -258,6 +259,22 @@ class JournalReader:
     def withdrawals(self) -> int:
         """A number that grows with every turn that is withdrawn, and every erasure."""
         return self._rows(erasure.withdrawals())[0]["number"]
+
+    def outline(self, limit: int, user: str | None = None, session: str | None = None) -> list[dict[str, Any]]:
+        """The newest turns, oldest first, without a word of them: where each stands, why, and what became of it."""
+        columns = ("id", "user", "session", "index", "kind", "source", "parent", "reason", "finish_reason", "started")
+        query = (
+            select(*(TURNS.c[name] for name in columns), NEXT_STATES.c.role, NEXT_STATES.c.done, JUDGEMENTS.c.score)
+            .outerjoin(NEXT_STATES.table, NEXT_STATES.c.turn == TURNS.c.id)
+            .outerjoin(JUDGEMENTS.table, JUDGEMENTS.c.turn == TURNS.c.id)
+            .order_by(TURNS.c.seq.desc())
+            .limit(limit)
+        )
+        if user is not None:
+            query = query.where(TURNS.c.user == user)
+        if session is not None:
+            query = query.where(TURNS.c.session == session)
+        return [dict(row) for row in reversed(self._rows(query))]
 
     def owners(self, session: str) -> list[str]:
         """Users who have a session of this name."""

@@ -89,6 +89,7 @@ class Gateway:
         api.get("/status")(self.status)
         api.get("/v1/models")(self.models)
         api.post(Chat.path)(self.chat_completions)
+        api.post("/v1/sessions/{session}/done")(self.end_session)
         api.post("/admin/{name}")(self.administer)
         return InTurn(api)
 
@@ -147,6 +148,16 @@ class Gateway:
 
     async def chat_completions(self, request: Request) -> Response:
         return await self._guarded(request, lambda: self._serve(request, Chat()))
+
+    async def end_session(self, session: str, request: Request) -> Response:
+        """Nothing will follow the session's last turn; what clients may say too with `X-Session-Done`."""
+        return await self._guarded(request, lambda: self._end(session, request))
+
+    async def _end(self, session: str, request: Request) -> Response:
+        key = self._admit(request)
+        identity = identify({**request.headers, "x-session-id": session}, {}, None if key is None else key.user)
+        turn = await self._placing.end(identity)
+        return JSONResponse({"session": session, "turn": turn, "done": True})
 
     def _admit(self, request: Request) -> Key | None:
         """The key that a request carries, None where none are in use. Raises GatewayError."""

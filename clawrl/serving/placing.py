@@ -78,12 +78,7 @@ class Placing:
             return
         owners = await self._journal.owners.remote(identity.session)
         if owners and identity.user not in owners:
-            raise GatewayError(
-                f"there is no session {identity.session!r} of yours; choose another name",
-                status=404,
-                param="X-Session-Id",
-                code="session_not_found",
-            )
+            raise no_session(identity.session)
         self._owned[mine] = None
         if len(self._owned) > KNOWN_OWNERS:
             self._owned.popitem(last=False)
@@ -114,6 +109,14 @@ class Placing:
             next_state = NextState(found.turn, seen.role, seen.fresh, False, time.time())
             await self._journal.append.remote(self.redactor.record(next_state))
         return Place(session, found.index, parent=found.turn, reason=_reason(identity, found.how))
+
+    async def end(self, identity: Identity) -> str:
+        """Nothing will follow the last turn of the named session; its id. Raises GatewayError 404 if there is none."""
+        last = await self._journal.last_turn.remote(identity.user, identity.session)
+        if last is None:
+            raise no_session(identity.session)
+        await self._journal.append.remote(NextState(last[0], "user", (), True, time.time()))
+        return last[0]
 
     async def _found(self, seen: Continuation, identity: Identity, fresh_session: str) -> Found:
         """The turn that a request goes on with, the newest first: by what was said, and in a named session by its last
@@ -178,6 +181,12 @@ class Placing:
             for seq, word in words:
                 self.opt_outs.take(word)
                 after = seq
+
+
+def no_session(name: str | None) -> GatewayError:
+    return GatewayError(
+        f"there is no session {name!r} of yours; choose another name", status=404, code="session_not_found"
+    )
 
 
 def _reason(identity: Identity, how: str) -> str:

@@ -134,6 +134,11 @@ class JudgeSection(EngineSection):
     max_verdict_tokens: int = Field(default=128, ge=8)
     timeout_s: float = Field(default=60.0, gt=0, description="A later judgement abstains.")
     concurrency: int = Field(default=16, ge=1, description="Turns judged side by side.")
+    feedback_wait_s: float = Field(
+        default=60.0,
+        ge=0,
+        description="So long a turn with explicit feedback waits for a next message.",
+    )
     nice: int = Field(default=5, ge=0, le=19)
 
 

@@ -40,6 +40,7 @@ from clawrl.journal.tables import (
 from clawrl.types import (
     Consent,
     Erasure,
+    Feedback,
     GateDecision,
     Judgement,
     NextState,
@@ -69,6 +70,7 @@ _COUNTED: dict[Any, list[tuple]] = {
     CONSUMPTIONS.c.version: [("consumed",)],
     VERSIONS.c.seq: [("versions",)],
     SWAPS.c.seq: [("swaps",)],
+    FEEDBACK.c.seq: [("feedback",)],
 }
 """What `counts` counts, by the column that only grows from commit to commit."""
 
@@ -260,6 +262,33 @@ class JournalReader:
         """A number that grows with every turn that is withdrawn, and every erasure."""
         return self._rows(erasure.withdrawals())[0]["number"]
 
+    def feedback(self, turn: str) -> list[Feedback]:
+        """What was said of a turn, oldest first."""
+        query = select(FEEDBACK.table).where(FEEDBACK.c.turn == turn).order_by(FEEDBACK.c.seq)
+        return [FEEDBACK.decode(row) for row in self._rows(query)]
+
+    def unanswered_feedback(self, after: int, before: float, limit: int) -> tuple[int, list[str]]:
+        """Main turns that nothing followed, of which something was said before `before` (seconds since the epoch).
+
+        Among the next `limit` feedbacks beyond seq `after`; with the seq to go on from.
+        """
+        query = (
+            select(FEEDBACK.c.seq, FEEDBACK.c.turn, FEEDBACK.c.at, TURNS.c.kind, NEXT_STATES.c.done)
+            .outerjoin(TURNS.table, TURNS.c.id == FEEDBACK.c.turn)
+            .outerjoin(NEXT_STATES.table, NEXT_STATES.c.turn == FEEDBACK.c.turn)
+            .where(FEEDBACK.c.seq > after)
+            .order_by(FEEDBACK.c.seq)
+            .limit(limit)
+        )
+        turns: dict[str, None] = {}
+        for row in self._rows(query):
+            if row["at"] > before:
+                break
+            after = row["seq"]
+            if row["kind"] == "main" and row["done"] is None:
+                turns[row["turn"]] = None
+        return after, list(turns)
+
     def outline(self, limit: int, user: str | None = None, session: str | None = None) -> list[dict[str, Any]]:
         """The newest turns, oldest first, without a word of them: where each stands, why, and what became of it."""
         columns = ("id", "user", "session", "index", "kind", "source", "parent", "reason", "finish_reason", "started")
@@ -432,6 +461,27 @@ class JournalStore(JournalReader):
             if rows:
                 connection.execute(insert(CONSUMPTIONS), rows)
                 queues.trained(connection, version.samples)
+
+        return write
+
+    def taking_feedback(self, feedback: Feedback, taken: list[tuple[str, bool]]) -> Write:
+        """The write of what a user says of a turn; the same again is ignored.
+
+        A turn that was judged without a sample coming of it is judged anew. `taken` gets the id of what is stored, and
+        whether that is so.
+        """
+        row = FEEDBACK.encode(feedback)
+
+        def write(connection: Connection) -> None:
+            last = select(FEEDBACK.c.id, FEEDBACK.c.score, FEEDBACK.c.text)
+            last = last.where(FEEDBACK.c.turn == feedback.turn, FEEDBACK.c.user == feedback.user)
+            found = connection.execute(last.order_by(FEEDBACK.c.seq.desc()).limit(1)).first()
+            if found is not None and (found.score, found.text) == (feedback.score, feedback.text):
+                taken.append((found.id, False))
+                return
+            if admitted := erasure.admitted(connection, FEEDBACK, [row]):
+                connection.execute(insert_new(connection, FEEDBACK.table), admitted)
+            taken.append((feedback.id, queues.judge_again(connection, feedback.turn)))
 
         return write
 

@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from clawrl.config import GatewaySection, PolicySection, PrivacySection
 from clawrl.errors import ConfigError, GatewayError
 from clawrl.observe import metric
-from clawrl.serving import replay
+from clawrl.serving import feedback, replay
 from clawrl.serving.admin import Acts, act, require_local
 from clawrl.serving.answering import Answering, Asked
 from clawrl.serving.bodies import read_json
@@ -89,6 +89,7 @@ class Gateway:
         api.get("/status")(self.status)
         api.get("/v1/models")(self.models)
         api.post(Chat.path)(self.chat_completions)
+        api.post("/v1/feedback")(self.feedback)
         api.post("/v1/sessions/{session}/done")(self.end_session)
         api.post("/admin/{name}")(self.administer)
         return InTurn(api)
@@ -148,6 +149,17 @@ class Gateway:
 
     async def chat_completions(self, request: Request) -> Response:
         return await self._guarded(request, lambda: self._serve(request, Chat()))
+
+    async def feedback(self, request: Request) -> Response:
+        """What a user says of a turn: `turn` or `response_id`, or `session` for its last; `score`, `text` or both."""
+        return await self._guarded(request, lambda: self._take_feedback(request))
+
+    async def _take_feedback(self, request: Request) -> Response:
+        key = self._admit(request)
+        body = await read_json(request, self._settings.max_body_mib)
+        identity = identify({}, {"user": body.get("user")}, None if key is None else key.user)
+        opinion = feedback.read_opinion(body)
+        return JSONResponse(await feedback.take(self._journal, self._placing.redactor, opinion, identity.user))
 
     async def end_session(self, session: str, request: Request) -> Response:
         """Nothing will follow the session's last turn; what clients may say too with `X-Session-Done`."""

@@ -125,6 +125,8 @@ def validate_common(body: dict[str, Any], settings: PolicySection, limits: tuple
         raise GatewayError(f"temperature={temperature!r} is outside 0 to 2", param="temperature")
     if body.get("stream") not in (None, True, False):
         raise GatewayError(f"stream={body['stream']!r} is neither true nor false", param="stream")
+    if body.get("use_beam_search"):
+        raise GatewayError("beam search is not served: its tokens were not sampled", param="use_beam_search")
     for key in ("stream_options", "chat_template_kwargs"):
         if body.get(key) is not None and not isinstance(body[key], dict):
             raise GatewayError(f"{key} is no object", param=key)

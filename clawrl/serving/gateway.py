@@ -23,13 +23,14 @@ from starlette.exceptions import HTTPException
 from clawrl.config import GatewaySection, PolicySection, PrivacySection
 from clawrl.errors import ConfigError, GatewayError
 from clawrl.observe import metric
-from clawrl.serving import feedback, replay
+from clawrl.serving import feedback, openapi, replay
 from clawrl.serving.admin import Acts, act, require_local
 from clawrl.serving.answering import Answering, Asked
-from clawrl.serving.bodies import read_json
+from clawrl.serving.bodies import Scales, read_json
 from clawrl.serving.keys import LOCAL_USER, Key, KeyRing, admit
 from clawrl.serving.listener import ClientGone, InTurn, Listener
 from clawrl.serving.local import why_not_local
+from clawrl.serving.openapi import described
 from clawrl.serving.placing import Placing
 from clawrl.serving.responses import Responses, items_before
 from clawrl.serving.sessions import Identity, identify, request_digest
@@ -66,6 +67,7 @@ class Gateway:
         self._status, self._admin, self._keys = status, admin, keys
         self._placing = Placing(journal, privacy)
         self._answering = Answering(settings, policy_settings, policy.options(stream=True), self._placing)
+        self._scales = Scales()
         self._app = self._routes()
         self._listener = Listener(self._app, settings.host, settings.port)
 
@@ -87,16 +89,16 @@ class Gateway:
     def _routes(self) -> Any:
         api = FastAPI(title="clawrl", docs_url=None, redoc_url=None)
         api.add_exception_handler(HTTPException, _no_route)
-        api.get("/healthz")(self.healthz)
-        api.get("/status")(self.status)
-        api.get("/v1/models")(self.models)
-        api.post(Chat.path)(self.chat_completions)
-        api.post(Completions.path)(self.completions)
-        api.post(Responses.path)(self.responses)
-        api.post("/v1/embeddings")(self.embeddings)
-        api.post("/v1/feedback")(self.feedback)
-        api.post("/v1/sessions/{session}/done")(self.end_session)
-        api.post("/admin/{name}")(self.administer)
+        api.get("/healthz", **described())(self.healthz)
+        api.get("/status", **described())(self.status)
+        api.get("/v1/models", **described(openapi.MODELS))(self.models)
+        api.post(Chat.path, **openapi.reply(openapi.CHAT))(self.chat_completions)
+        api.post(Completions.path, **openapi.reply(openapi.COMPLETION))(self.completions)
+        api.post(Responses.path, **openapi.reply(openapi.RESPONSE))(self.responses)
+        api.post("/v1/embeddings", **described())(self.embeddings)
+        api.post("/v1/feedback", **described(openapi.STORED, body=openapi.FEEDBACK))(self.feedback)
+        api.post("/v1/sessions/{session}/done", **described(openapi.ENDED))(self.end_session)
+        api.post("/admin/{name}", **described(body=openapi.ACT))(self.administer)
         return InTurn(api)
 
     async def healthz(self) -> Response:
@@ -212,7 +214,13 @@ class Gateway:
     async def _serve(self, request: Request, surface: Surface) -> Response:
         arrived = time.time()
         key = self._admit(request)
-        body = await read_json(request, self._settings.max_body_mib)
+        async with self._scales.weigh() as weight:
+            body = await read_json(request, self._settings.max_body_mib, weight)
+            return await self._serve_body(request, surface, body, key, arrived)
+
+    async def _serve_body(
+        self, request: Request, surface: Surface, body: dict[str, Any], key: Key | None, arrived: float
+    ) -> Response:
         user = None if key is None else key.user
         if surface.path == Responses.path and body.get("previous_response_id") is not None:
             await self._resolve(body, user)

@@ -44,6 +44,7 @@ _COMMON = {
     "seed": {"type": "integer"},
     "user": _TEXT,
 }
+_EVENT = {"type": "object", "properties": {"event": _TEXT, "data": _TEXT}}
 _LIMIT = {"type": "integer", "minimum": 1}
 _REPLY = {"type": "object", "required": ["id", "object", "model"], "properties": {"id": _TEXT, "model": _TEXT}}
 
@@ -107,7 +108,7 @@ def described(answer: dict[str, Any] = ACT, *, body: dict[str, Any] | None = Non
     """Keyword arguments of a route: what it takes and answers. Never a 5xx, except while no policy lives (503)."""
     content: dict[str, Any] = {"application/json": {"schema": answer}}
     if stream:
-        content["text/event-stream"] = {"schema": _TEXT}
+        content["text/event-stream"] = {"schema": _EVENT}
     responses: dict[int | str, Any] = {200: {"description": "done", "content": content}}
     for status in (*_REFUSALS, 503):
         responses[status] = {"description": "refused", "content": {"application/json": {"schema": _ERROR}}}

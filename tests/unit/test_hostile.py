@@ -3,34 +3,38 @@
 import asyncio
 import gc
 import json
+from contextlib import suppress
 from typing import Any
 
 import psutil
 import pytest
-import schemathesis
 from echo_door import Door, door
-from hypothesis import HealthCheck, settings
+from fuzzing import fuzz
 
 from clawrl.serving import bodies, listener
 
 CHAT = "/v1/chat/completions"
 HI = b'{"messages": [{"role": "user", "content": "hi"}]}'
+UPGRADE = b"connection: upgrade\r\nupgrade: websocket\r\n\r\n"
 JSON = "content-type: application/json\r\n"
 
 
 async def talk(clawrl: Door, *parts: bytes, pause_s: float = 0.0) -> tuple[int, dict[str, str], Any]:
     """Send bytes, piece by piece; (status, headers, JSON body or None) of the first answer, (0, {}, None) for none."""
     reader, writer = await asyncio.open_connection("127.0.0.1", clawrl._gateways[0]._settings.port)
+    answering = asyncio.create_task(answer(reader))
     try:
-        for part in parts:
-            writer.write(part)
-            await writer.drain()
-            await asyncio.sleep(pause_s)
+        with suppress(ConnectionError):
+            for part in parts:
+                writer.write(part)
+                await writer.drain()
+                await asyncio.sleep(pause_s)
+                if answering.done():
+                    break
         async with asyncio.timeout(20):
-            return await answer(reader)
-    except ConnectionError:
-        return await answer(reader)
+            return await answering
     finally:
+        answering.cancel()
         writer.close()
 
 
@@ -52,40 +56,46 @@ def is_error(body: Any) -> bool:
     return set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
 
 
-@pytest.mark.parametrize(
-    ("request_", "status"),
-    [
-        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
-        (b"GET /v1/models\r\n\r\n", 400),
-        (b"POST " + CHAT.encode() + b" HTTP/1.1\r\nhost: localhost\r\nx-session-id: a\x00b\r\n\r\n", 400),
-        (post(HI, JSON + "transfer-encoding: chunked\r\n"), 400),
-        (post(HI, JSON + "content-length: 3\r\n"), 400),
-        (post(HI, JSON + "content-length: -1\r\n"), 400),
-        (post(HI, "content-type: text/plain\r\n"), 415),
-        (post(b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}'), 400),
-        (post(b"[" * 200_000), 400),
-        (post(b'{"messages": [{"role": "user", "content": "hi", "x": ' + b"[" * 90 + b"]" * 90 + b"}]}"), 400),
-        (post(b'{"messages": [{"role": "user", "content": "hi"}], "temperature": NaN}'), 400),
-        (post(b'{"messages": [{"role": "user", "content": "hi"}], "temperature": 1e999}'), 400),
-        (post(b'{"messages": [{"role": "user", "content": "hi"}], "max_tokens": ' + b"9" * 5000 + b"}"), 400),
-        (post(HI, JSON + "x-session-id: " + "s" * 600 + "\r\n"), 400),
-        (post(HI, JSON + "x-turn-type: main, side\r\n"), 400),
-        (post(HI, JSON + "x-train: no no\r\n"), 400),
-        (post(b"x" * (11 << 20)), 413),
-        (post(HI, path="/v1/chat/../../admin/rollback"), 404),
-        (post(HI, path="/v1/%2e%2e/admin/rollback"), 404),
-        (post(HI, path="//admin/rollback"), 404),
-        (post(HI, path="/v1/chat/completions%00"), 404),
-        (post(HI, path="/v1/sessions/a%2fb/done"), 404),
-        (post(b"{}", path="/v1/sessions/%00/done"), 400),
-        (b"GET " + CHAT.encode() + b" HTTP/1.1\r\nhost: localhost\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n", 405),
-    ],
-)  # fmt: skip
+CASES = {
+    "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+    "HTTP/0.9": (b"GET /v1/models\r\n\r\n", 403),
+    "NUL in a header": (
+        b"POST " + CHAT.encode() + b" HTTP/1.1\r\nhost: localhost\r\nx-session-id: a\x00b\r\n\r\n",
+        400,
+    ),
+    "chunked with a length": (post(HI, JSON + "transfer-encoding: chunked\r\n"), 400),
+    "two lengths": (post(HI, JSON + "content-length: 3\r\n"), 400),
+    "negative length": (post(HI, JSON + "content-length: -1\r\n"), 400),
+    "another type": (post(HI, "content-type: text/plain\r\n"), 415),
+    "invalid UTF-8": (post(b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}'), 400),
+    "deep and open": (post(b"[" * 200_000), 400),
+    "deep": (post(b'{"messages": [{"role": "user", "content": "hi", "x": ' + b"[" * 90 + b"]" * 90 + b"}]}"), 400),
+    "NaN": (post(b'{"messages": [{"role": "user", "content": "hi"}], "temperature": NaN}'), 400),
+    "infinity": (post(b'{"messages": [{"role": "user", "content": "hi"}], "temperature": 1e999}'), 400),
+    "huge number": (
+        post(b'{"messages": [{"role": "user", "content": "hi"}], "max_tokens": ' + b"9" * 5000 + b"}"),
+        400,
+    ),
+    "long session": (post(HI, JSON + "x-session-id: " + "s" * 600 + "\r\n"), 400),
+    "two kinds": (post(HI, JSON + "x-turn-type: main, side\r\n"), 400),
+    "half an opt-out": (post(HI, JSON + "x-train: no no\r\n"), 400),
+    "11 MiB": (post(b"x" * (11 << 20)), 413),
+    "dots": (post(HI, path="/v1/chat/../../admin/rollback"), 404),
+    "encoded dots": (post(HI, path="/v1/%2e%2e/admin/rollback"), 404),
+    "two slashes": (post(HI, path="//admin/rollback"), 404),
+    "NUL in a path": (post(HI, path="/v1/chat/completions%00"), 404),
+    "slash in a name": (post(HI, path="/v1/sessions/a%2fb/done"), 404),
+    "NUL in a name": (post(b"{}", path="/v1/sessions/%00/done"), 400),
+    "websocket": (b"GET " + CHAT.encode() + b" HTTP/1.1\r\nhost: localhost\r\n" + UPGRADE, 405),
+}
+
+
+@pytest.mark.parametrize(("request_", "status"), CASES.values(), ids=CASES)
 async def test_it_is_refused_in_shape(tmp_path, request_, status):
     async with door(tmp_path) as clawrl:
         told, _, body = await talk(clawrl, request_)
-        assert told == status, body
-        assert is_error(body)
+        assert told == status or (status == 413 and told == 0), body  # it may be closed while it still comes
+        assert told == 0 or is_error(body)
         assert clawrl.rows("SELECT id FROM turns") == []
         assert (await talk(clawrl, post(HI)))[0] == 200, "others are served"
 
@@ -141,37 +151,9 @@ async def test_many_messages_and_big_bodies_leave_memory_flat(tmp_path):
         assert psutil.Process().memory_info().rss / 2**20 < sizes[2] + 400, sizes
 
 
-CHECKS = [
-    schemathesis.checks.not_a_server_error,
-    *(
-        getattr(schemathesis.specs.openapi.checks, name)
-        for name in ("status_code_conformance", "content_type_conformance", "response_schema_conformance")
-    ),
-]
-
-
 @pytest.mark.timeout(300)
 async def test_schemathesis_finds_nothing(tmp_path):
     """Against the served document, over the real gateway and journal; tests/e2e does the same over a real engine."""
     async with door(tmp_path, gateway={"anyone": True}) as clawrl:
         url = f"http://127.0.0.1:{clawrl._gateways[0]._settings.port}"
-        await asyncio.to_thread(fuzz, url, examples=25)
-
-
-def fuzz(url: str, examples: int) -> None:
-    """Every operation of the served document, with what it allows and what it does not."""
-    schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
-    schema.config.generation.update(modes=list(schemathesis.GenerationMode))
-    tried = 0
-    for result in schema.get_all_operations():
-        operation = result.ok()
-        if operation.path.startswith("/admin"):
-            continue
-
-        @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-        def each(case: Any) -> None:
-            case.call_and_validate(checks=CHECKS, timeout=60)
-
-        schemathesis_test(operation, each)
-        tried += 1
-    assert tried >= 8
+        await asyncio.to_thread(fuzz, url, examples=8, least=8)

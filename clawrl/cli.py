@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from clawrl.commands import forget, journal, versions
+from clawrl.commands import doctor, forget, journal, versions
 from clawrl.commands.client import add_url, get
 from clawrl.config import load_config
 from clawrl.errors import ClawrlError, ConfigError
@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     forget.add(commands)
     versions.add(commands)
     journal.add(commands)
+    doctor.add(commands)
     return parser
 
 

@@ -1,0 +1,5 @@
+"""Environments, by the names under which gymnasium makes them: `gymnasium.make("envs:clawrl/Terminal-v0")`."""
+
+import gymnasium
+
+gymnasium.register("clawrl/Terminal-v0", entry_point="envs.terminal.env:TerminalEnv", order_enforce=False)

@@ -47,6 +47,8 @@ CONVERSATIONS = {
     "reckless": ["chat.conversations=340"],
 }
 RED = "#b3261e"
+SHOWN_CHECK = {"poisoned": "agreement", "honest": "agreement", "reckless": "approved_loss"}
+"""The check drawn below each run."""
 
 
 class PoisonedCollector(Collector):
@@ -334,17 +336,19 @@ def write(name: str, outcomes: Sequence[Outcome], shortcomings: Sequence[str], f
 
 
 def draw(name: str, outcomes: Sequence[Outcome], file: Path) -> None:
-    """A panel per run: what people saw over conversations, the versions that came, and those stopped in red."""
+    """Per run: what people saw over conversations, the versions that came, those stopped in red, and a check below."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.4 * len(outcomes)), dpi=130, layout="constrained")
-    for axes, outcome in zip(figure.subplots(len(outcomes), 1, squeeze=False)[:, 0], outcomes, strict=True):
-        _panel(axes, outcome)
-    figure.suptitle(f"jobs.gate {name}", fontsize=10)
+    figure = Figure(figsize=(9, 3.9 * len(outcomes)), dpi=100, layout="constrained")
+    panels = figure.subfigures(len(outcomes), 1, squeeze=False)[:, 0]
+    for panel, outcome in zip(panels, outcomes, strict=True):
+        upper, lower = panel.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+        _replies(upper, outcome)
+        _checks(lower, outcome, SHOWN_CHECK[name])
     figure.savefig(file)
 
 
-def _panel(axes: Any, outcome: Outcome) -> None:
+def _replies(axes: Any, outcome: Outcome) -> None:
     replies = outcome.first_replies
     for what, colour, label in (("satisfied", BLUE, "as the user likes it"), ("correct", GREEN, "right answers")):
         means = rolling([float(getattr(reply, what)) for reply in replies])
@@ -361,21 +365,43 @@ def _panel(axes: Any, outcome: Outcome) -> None:
             error = [[max(0.0, share - interval.low)], [max(0.0, interval.high - share)]]
             axes.errorbar(places[when], share, yerr=error, fmt="o", color=colour, mfc="white", capsize=3)
     for at, version in outcome.swaps:
-        place = sum(reply.at <= at for reply in replies)
-        axes.axvline(place, color=GREY, linewidth=0.6, alpha=0.5)
-        axes.annotate(f"{version}", (place, 1.0), xycoords=("data", "axes fraction"), fontsize=6, color=GREY)
+        axes.axvline(_place(outcome, at), color=GREY, linewidth=0.6, alpha=0.5)
+        _name(axes, _place(outcome, at), version, GREY)
     for decision in outcome.stopped:
-        place = sum(reply.at <= decision.at for reply in replies)
-        axes.axvline(place, color=RED, linewidth=2 if decision.stage == "after" else 0.8)
+        place = _place(outcome, decision.at)
+        axes.axvline(place, color=RED, linewidth=2.5 if decision.stage == "after" else 1.2)
+        _name(axes, place, decision.version, RED)
         if decision.stage == "after":
             axes.annotate("taken back", (place, 0.03), fontsize=8, color=RED, rotation=90, va="bottom", ha="right")
     if "poison" in outcome.marks:
         axes.axvline(outcome.marks["poison"], color="black", linestyle=":", label="poison begins")
     axes.plot([], [], color=RED, label="stopped by the gate or taken back")
     axes.set_ylim(0, 1.02)
-    axes.set_xlabel("conversations")
-    axes.set_title(f"{outcome.name}, seed {outcome.seed}", fontsize=9, pad=12)
-    axes.legend(loc="lower left", fontsize=7, frameon=False)
+    axes.set_title(f"{outcome.name}, seed {outcome.seed}; above: version numbers", fontsize=9, pad=14)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=7, frameon=False)
+
+
+def _checks(axes: Any, outcome: Outcome, name: str) -> None:
+    """One check of every candidate where it was decided, with its bootstrap interval; red where it failed."""
+    for decision in outcome.decisions:
+        for check in decision.checks:
+            if check.name == name and decision.stage == "before" and check.low is not None and check.high is not None:
+                error = [[max(0.0, check.value - check.low)], [max(0.0, check.high - check.value)]]
+                colour = GREY if check.passed else RED
+                axes.errorbar(_place(outcome, decision.at), check.value, yerr=error, fmt="o", ms=4, color=colour, lw=1)
+                axes.set_title(f"{name}: {check.bound}", fontsize=8)
+    axes.axhline(0, color="black", linewidth=0.5)
+    axes.set_xlabel("conversations" if outcome.decisions else "conversations (no gate, no checks)")
+
+
+def _place(outcome: Outcome, at: float) -> int:
+    """Conversations had at that time."""
+    return sum(reply.at <= at for reply in outcome.first_replies)
+
+
+def _name(axes: Any, place: int, version: int, colour: str) -> None:
+    height = 1.0 if colour == GREY else 1.045  # a refused version's number stands above those that came
+    axes.annotate(f"{version}", (place, height), xycoords=("data", "axes fraction"), fontsize=6, color=colour)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
 Knows log-probabilities of replies that real people judged and that no version was trained on. Ignores models, actors
 and who measured. Everything is looked at on the trainer's own weights, so no engine is asked and no chat waits.
 
-    held-out turns ─► log-probabilities, as sampled and under parent, candidate, batch alone ─► Evidence ─► checks
+    held-out turns ─► behaviour, parent's and candidate's log-probabilities ─► Evidence ─► checks ─► GateDecision
 
 No check knows what style or answer was wanted. They ask: are these numbers, was the step of a sane size, is what was
-approved still what the policy would say, is it still preferred to what was refused, does the batch teach the same, do
-replies stop where they stopped.
+approved still what the policy would say, is it still preferred to what was refused, does it stop where it stopped, and
+did its batch praise what people praised (`agreement`).
 A check that has too few turns to say anything is left out, and the reason says so.
 """
 
@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from clawrl.config import GateSection
+from clawrl.training.agreement import ValuedReply, agreement
+from clawrl.training.bootstrap import interval, picks
 from clawrl.types import GateCheck, GateDecision
 
-RESAMPLES = 2000
-SEED = 0
 MOST_NATS = 3.0
 """One reply's change counts up to here in the preference: a few replies that became impossible are no majority."""
 
@@ -31,12 +31,12 @@ MOST_NATS = 3.0
 class HeldOutTurn:
     """One judged reply of S tokens and their log-probabilities under the versions compared."""
 
+    token_ids: np.ndarray  # i32[S]
     score: int | None
     lag: int  # steps from the version that sampled it to the candidate
     behaviour: np.ndarray  # f32[S], as sampled
     parent: np.ndarray  # f64[S]
     candidate: np.ndarray  # f64[S]
-    alone: np.ndarray | None  # f64[S], weights that the batch alone would make of the parent; None: not scored
     reference: np.ndarray | None  # f32[S], version 0
     stops: np.ndarray | None  # f64[S], the candidate's of ending the reply at each place
     ended: bool  # the reply ended by itself, with its last token
@@ -49,6 +49,7 @@ class Evidence:
     finite: bool
     update: float  # ||w - parent|| / ||parent||
     turns: tuple[HeldOutTurn, ...]
+    batch: tuple[ValuedReply, ...] = ()  # the samples trained on that have advantages
 
 
 def decide(evidence: Evidence, settings: GateSection, version: int, *, seconds: float, at: float) -> GateDecision:
@@ -81,7 +82,8 @@ def _checks(evidence: Evidence, settings: GateSection) -> Iterator[GateCheck | N
     yield approved_loss("approved_loss_recent", recent, _behaviour, settings.max_approved_loss_recent, settings)
     yield preference("preference", turns, _parent, settings)
     yield preference("preference_recent", recent, _behaviour, settings)
-    yield lesson(turns, settings)
+    judged = [ValuedReply(turn.token_ids, turn.score) for turn in turns if turn.score is not None]
+    yield agreement(judged, evidence.batch, min_turns=settings.min_turns, confidence=settings.confidence)
     yield stopping(turns, settings)
 
 
@@ -103,8 +105,8 @@ def approved_loss(
     lost = np.array([np.maximum(0, -np.expm1(turn.candidate - old(turn))).sum() for turn in approved])
     left_open = np.array([-np.expm1(np.minimum(old(turn), 0)).sum() for turn in approved])
     tiny = np.finfo(float).tiny
-    picked = _picks(len(approved))
-    low, high = _interval(lost[picked].sum(1) / np.maximum(left_open[picked].sum(1), tiny), settings.confidence)
+    picked = picks(len(approved))
+    low, high = interval(lost[picked].sum(1) / np.maximum(left_open[picked].sum(1), tiny), settings.confidence)
     value = float(lost.sum() / max(left_open.sum(), tiny))
     return GateCheck(name, value, low, high, f"its lower bound at most {bound:g}", low <= bound)
 
@@ -122,27 +124,9 @@ def preference(
     good, bad = changes[scores == 1], changes[scores == -1]
     if min(len(good), len(bad)) < settings.min_turns:
         return None
-    resampled = good[_picks(len(good))].mean(1) - bad[_picks(len(bad), 1)].mean(1)
-    low, high = _interval(resampled, settings.confidence)
+    resampled = good[picks(len(good))].mean(1) - bad[picks(len(bad), 1)].mean(1)
+    low, high = interval(resampled, settings.confidence)
     return GateCheck(name, float(good.mean() - bad.mean()), low, high, "its upper bound not below 0", high >= 0)
-
-
-def lesson(turns: Sequence[HeldOutTurn], settings: GateSection) -> GateCheck | None:
-    """Whether the batch by itself teaches what held-out people said: P(d of an approved reply > d of a refused one).
-
-    d is the change of a reply's log-probability from the parent to the weights that AdamW without momentum would make
-    of this batch; ties count half. A candidate hides a batch that is turned round behind the momentum of those before
-    it; this does not. Ranks, since a few replies with large changes must not outweigh the rest. Fails where even the
-    upper bound of the bootstrap interval is below one half.
-    """
-    known = [(turn.score, (turn.alone - turn.parent).sum()) for turn in turns if turn.alone is not None]
-    good, bad = (np.array([change for score, change in known if score == each]) for each in (1, -1))
-    if min(len(good), len(bad)) < settings.min_turns:
-        return None
-    points = 1.0 + np.sign(good[:, None] - bad)  # 2 for a pair won: whole numbers, so that a half is one half exactly
-    resampled = ((_counts(len(good)) @ points) * _counts(len(bad), 1)).sum(1) / (2 * points.size)
-    low, high = _interval(resampled, settings.confidence)
-    return GateCheck("lesson", float(points.mean()) / 2, low, high, "its upper bound not below 0.5", high >= 0.5)
 
 
 def stopping(turns: Sequence[HeldOutTurn], settings: GateSection) -> GateCheck | None:
@@ -190,24 +174,3 @@ def _parent(turn: HeldOutTurn) -> np.ndarray:
 
 def _behaviour(turn: HeldOutTurn) -> np.ndarray:
     return turn.behaviour
-
-
-def _picks(number: int, group: int = 0) -> np.ndarray:
-    """i64[RESAMPLES, number]: the same bootstrap each time, so that a decision can be made again.
-
-    Groups that are compared are resampled independently of one another.
-    """
-    return np.random.default_rng((SEED, number, group)).integers(0, number, (RESAMPLES, number))
-
-
-def _counts(number: int, group: int = 0) -> np.ndarray:
-    """f64[RESAMPLES, number]: how often each of the picks stands in each resample."""
-    offsets = number * np.arange(RESAMPLES)[:, None]
-    counted = np.bincount((_picks(number, group) + offsets).ravel(), minlength=RESAMPLES * number)
-    return counted.reshape(RESAMPLES, number).astype(float)
-
-
-def _interval(values: np.ndarray, confidence: float) -> tuple[float, float]:
-    """Bounds that each hold with `confidence`."""
-    low, high = np.quantile(values, (1 - confidence, confidence))
-    return float(low), float(high)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -98,12 +98,8 @@ class Learner:
                 found[f"{name}/weight"] = parameter.detach()
         return found
 
-    def update(
-        self, samples: Sequence[Sample], version: int, aside: Callable[[], None] | None = None
-    ) -> dict[str, float]:
+    def update(self, samples: Sequence[Sample], version: int) -> dict[str, float]:
         """One optimizer step on a batch, starting from `version`; returns the step's metrics, equal on all ranks.
-
-        `aside` is called before the step, while the weights are for a moment those that this batch alone would make.
 
         Samples with a number that is not finite are left out and counted (`samples_unusable`). If the loss or the
         gradient still is not finite, nothing is changed and `skipped` is 1: the step is over all the same. A step
@@ -125,8 +121,8 @@ class Learner:
                 normalise=self._learning.normalise,
                 version=version,
             )[self.rank]
-            metrics |= self._step(rows, aside)
-        metrics["seconds"] = time.perf_counter() - started - metrics.get("aside_s", 0.0)
+            metrics |= self._step(rows)
+        metrics["seconds"] = time.perf_counter() - started
         metrics["tokens_per_s"] = metrics["tokens"] / metrics["seconds"]
         return metrics
 
@@ -240,7 +236,7 @@ class Learner:
             for logprobs, stops in zip(*(np.split(column, starts[1:-1]) for column in columns), strict=True)
         ], table[-1].item()
 
-    def _step(self, rows: Sequence[PackedRow], aside: Callable[[], None] | None) -> dict[str, float]:
+    def _step(self, rows: Sequence[PackedRow]) -> dict[str, float]:
         sums = torch.zeros(len(_LOSSES), dtype=torch.float64, device=self._device)
         counts = torch.zeros(len(TALLIED), 2, dtype=torch.float64, device=self._device)
         self._optimizer.zero_grad(set_to_none=True)
@@ -262,9 +258,9 @@ class Learner:
             parts = (loss.value, loss.policy.value, loss.distillation.value, loss.divergence)
             sums += torch.stack([part.detach().double() for part in parts])
             counts += tally(scored.logprobs.detach(), scored.entropy, loss, targets)
-        return self._apply(sums, counts, aside)
+        return self._apply(sums, counts)
 
-    def _apply(self, sums: Tensor, counts: Tensor, aside: Callable[[], None] | None) -> dict[str, float]:
+    def _apply(self, sums: Tensor, counts: Tensor) -> dict[str, float]:
         """Clip the gradient and step, unless something is not finite; agreed over ranks in one reduction."""
         locals_ = [_local(parameter) for parameter in self._parameters.values() if parameter.grad is not None]
         gradients = [_local(p.grad) for p in self._parameters.values() if p.grad is not None]
@@ -281,43 +277,11 @@ class Learner:
         for gradient in gradients:
             gradient.mul_(scale)
         before = [local.detach().clone() for local in locals_]
-        if aside is not None:
-            started = time.perf_counter()
-            self._step_alone()
-            aside()
-            self._restore(locals_, before)
-            metrics["aside_s"] = time.perf_counter() - started
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         change = _square_sum([after.detach() - old for after, old in zip(locals_, before, strict=True)])
         dist.all_reduce(change, group=self._mesh.get_group())
         return metrics | {"update_norm": change.sqrt().item(), "skipped": 0.0}
-
-    @torch.no_grad()
-    def _step_alone(self) -> None:
-        """Move the weights as AdamW would on this gradient without momentum or decay: w - lr · g / (sqrt(v) + ε).
-
-        v is the bias-corrected second moment with g in it, as in the real step. The moments stay as they are.
-        """
-        for group in self._optimizer.param_groups:
-            keep = group["betas"][1]
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                own, gradient = self._optimizer.state.get(parameter), _local(parameter.grad)
-                square, steps = gradient.square().mul_(1 - keep), 1.0
-                if own:
-                    square.add_(_local(own["exp_avg_sq"]), alpha=keep)
-                    steps += own["step"].item()
-                scale = square.div_(1 - keep**steps).sqrt_().add_(group["eps"])
-                _local(parameter).addcdiv_(gradient, scale, value=-group["lr"])
-        self._reshard()
-
-    @torch.no_grad()
-    def _restore(self, locals_: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        for local, value in zip(locals_, values, strict=True):
-            local.copy_(value)
-        self._reshard()
 
     def _targets(self, row: PackedRow) -> Targets:
         return Targets(**{name: self._tensor(getattr(row, name)) for name in Targets.__slots__})

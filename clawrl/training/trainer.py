@@ -248,11 +248,10 @@ class _Worker:
         line = (head.next_number, *head.line)[:LINE]
         _seed(self._loop.trainer.seed, step=head.next_number, rank=self._learner.rank)
         self._inspection.begin(head.number, order.held_out)
-        aside = self._inspection.aside if self._loop.gate.enabled else None
-        metrics = self._learner.update(batch.samples, head.number, aside)
+        metrics = self._learner.update(batch.samples, head.number)
         metrics["lag_mean"] = float(np.mean([lag(head.line, sample.newest_version) for sample in batch.samples]))
         self._version = head.next_number
-        decision = self._examined(line, metrics)
+        decision = self._examined(line, metrics, batch)
         serves = decision is None or decision.passed
         started = time.perf_counter()
         num_buckets = self._hold(self._version) if serves else 0
@@ -274,11 +273,11 @@ class _Worker:
             )
             self._settle(version, num_buckets, canary, line, decision)
 
-    def _examined(self, line: tuple[int, ...], metrics: dict[str, float]) -> GateDecision | None:
+    def _examined(self, line: tuple[int, ...], metrics: dict[str, float], batch: Batch) -> GateDecision | None:
         """The gate's decision on the weights as they are, taken by rank 0 for all; None where there is no gate."""
         if not self._loop.gate.enabled:
             return None
-        evidence = self._inspection.end(line, metrics.get("update_norm", 0.0))
+        evidence = self._inspection.end(line, metrics.get("update_norm", 0.0), batch.samples)
         box: list[GateDecision | None] = [None]
         if self._learner.rank == 0:
             box[0] = decide(evidence, self._loop.gate, self._version, seconds=self._inspection.seconds, at=time.time())

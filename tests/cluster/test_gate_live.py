@@ -3,7 +3,6 @@
 import threading
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,60 +80,26 @@ def test_an_inspection_sees_the_step_between_begin_and_end(learner):
     held_out = [(said_by(learner, make_sample(number)), 1) for number in range(4)]
     inspection = Inspection(learner, GATE, 2)
     inspection.begin(0, held_out)
-    metrics = learner.update([make_sample(number) for number in range(10, 14)], 0)
-    evidence = inspection.end((1, 0), metrics["update_norm"])
+    batch = [make_sample(number) for number in range(10, 13)]
+    batch.append(replace(make_sample(13), advantages=None))
+    metrics = learner.update(batch, 0)
+    evidence = inspection.end((1, 0), metrics["update_norm"], batch)
     assert evidence.finite
     assert 0 < evidence.update < 0.1
+    assert [len(each.token_ids) for each in evidence.batch] == [int(sample.loss_mask.sum()) for sample in batch[:3]]
+    assert [each.value for each in evidence.batch] == [np.asarray(sample.advantages)[-1] for sample in batch[:3]]
+    assert [len(each.token_ids) for each in evidence.turns] == [len(each.parent) for each in evidence.turns]
     for each in evidence.turns:
         np.testing.assert_allclose(each.behaviour, each.parent, atol=1e-4)
         assert np.abs(each.candidate - each.parent).max() > 1e-4
     before = [each.candidate for each in evidence.turns]
     inspection.begin(1, held_out[:2])
-    evidence = inspection.end((2, 1, 0), 0.0)
+    evidence = inspection.end((2, 1, 0), 0.0, [])
     assert [np.array_equal(each.parent, old) for each, old in zip(evidence.turns, before, strict=False)] == [True] * 2
     with torch.no_grad():
         next(iter(learner._parameters.values())).fill_(float("nan"))
     inspection.begin(2, held_out)
-    assert not inspection.end((3, 2, 1, 0), 0.0).finite
-
-
-def test_aside_sees_the_step_of_the_batch_alone_and_leaves_no_trace(learner, alone):  # noqa: F811
-    """Against torch's own AdamW without momentum and decay, in the first step and in one with moments behind it."""
-    plain = Learner(BASE, SETTINGS, LEARNING, alone)
-    for step in range(2):
-        batch = [make_sample(number) for number in range(4 * step, 4 * step + 4)]
-        weights = {name: value.detach().clone() for name, value in whole(learner._parameters).items()}
-        moments = {name: value.clone() for name, value in whole(learner.state()).items() if step}
-        seen: list[dict[str, torch.Tensor]] = []
-        metrics, expected = learner.update(batch, step, partial(look, learner, seen)), plain.update(batch, step)
-        assert metrics["update_norm"] == expected["update_norm"]
-        for name, value in whole(plain.state()).items():
-            assert torch.equal(value, whole(learner.state())[name]), name
-        for name, value in whole(plain._parameters).items():
-            assert torch.equal(value, whole(learner._parameters)[name]), name
-        for name, value in weights.items():
-            value.grad = seen[1][name]
-            optimizer = torch.optim.AdamW(
-                [value], lr=SETTINGS.learning_rate, betas=(0.0, SETTINGS.betas[1]), weight_decay=0
-            )
-            if step:
-                optimizer.state[value] = {key: moments[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            optimizer.step()
-            torch.testing.assert_close(seen[0][name], value, rtol=0, atol=1e-6)
-            assert not torch.equal(value, whole(learner._parameters)[name])
-
-
-def look(learner: Learner, seen: list[dict[str, torch.Tensor]]) -> None:
-    """Keep weights and gradients as they are, and score something."""
-    seen.append({name: value.detach().clone() for name, value in whole(learner._parameters).items()})
-    gradients = {name: parameter.grad for name, parameter in learner._parameters.items()}
-    seen.append({name: value.clone() for name, value in whole(gradients).items()})
-    learner.score([make_sample(50)], 2, 60)
-
-
-def whole(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Tensors of a mesh of one rank, without their sharding."""
-    return {name: getattr(tensor, "_local_tensor", tensor) for name, tensor in tensors.items()}
+    assert not inspection.end((3, 2, 1, 0), 0.0, []).finite
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +121,8 @@ def train_on(
 ) -> tuple[Any, Any]:  # fmt: skip
     """A trainer under a gate, batch after batch, each given when the version before is recorded; then the end."""
     journal: Any = ray.remote(Journal).options(num_cpus=0).remote(f"sqlite:///{folder}/journal.sqlite")
-    buffer: Any = ray.remote(ReplayBuffer).options(num_cpus=0).remote(BufferSection(batch_size=BATCH), journal)
+    batching = BufferSection(batch_size=len(batches[0]))
+    buffer: Any = ray.remote(ReplayBuffer).options(num_cpus=0).remote(batching, journal)
     store: Any = ray.remote(WeightStore).options(num_cpus=0).remote(VERSIONS, journal, str(folder), "clawrl:tiny")
     for sample, score in held_out:
         get(journal.append.remote(sample, judgement(sample.id, score)))
@@ -203,14 +169,15 @@ LENIENT = GateSection(
 """Nothing but signs is looked at: replies of random tokens move as no person's do."""
 
 
-def liked(learner: Learner, number: int, *, good: bool, version: int, sign: int = 1) -> Sample:
-    """A judged reply in one of two styles, which are sets of tokens; `sign` -1 has it learnt the wrong way round."""
+def liked(learner: Learner, number: int, *, version: int, sign: int = 1) -> Sample:
+    """A reply in one of two styles, which are sets of tokens, that of even numbers is disliked; `sign` -1 learns it
+    the wrong way round."""
     rng = np.random.default_rng(number)
     sample = make_sample(number)
-    ids = np.where(sample.loss_mask, rng.integers(*((100, 140) if good else (200, 240)), len(sample.loss_mask)), 300)
-    sample = replace(sample, token_ids=ids.astype(np.int32), oldest_version=version, newest_version=version)
-    said = said_by(learner, sample)
-    return replace(said, advantages=np.where(said.loss_mask, sign if good else -sign, 0).astype(np.float32))
+    style = (100, 140) if number % 2 else (200, 240)
+    ids = np.where(sample.loss_mask, rng.integers(*style, len(sample.loss_mask)), 300).astype(np.int32)
+    said = said_by(learner, replace(sample, token_ids=ids, oldest_version=version, newest_version=version))
+    return replace(said, advantages=np.where(said.loss_mask, sign if number % 2 else -sign, 0).astype(np.float32))
 
 
 def test_a_batch_turned_round_is_refused_and_leaves_no_moments(cluster, tmp_path, alone):  # noqa: F811
@@ -218,16 +185,12 @@ def test_a_batch_turned_round_is_refused_and_leaves_no_moments(cluster, tmp_path
     torch.set_num_threads(1)
     settings = SETTINGS.model_copy(update={"learning_rate": 2e-5})
     learner = Learner(BASE, settings, LEARNING, alone)
-    styles = [bool(number % 2) for number in range(24)]
     held_out = [
-        (replace(liked(learner, 900 + i, good=good, version=0), held_out=True), 1 if good else -1)
-        for i, good in enumerate(styles)
+        (replace(liked(learner, number, version=0), held_out=True), 1 if number % 2 else -1)
+        for number in range(900, 924)
     ]
     batches = [
-        [
-            liked(learner, 10 * batch + i, good=bool(i % 2), version=min(batch, 4), sign=-1 if batch == 4 else 1)
-            for i in range(BATCH)
-        ]
+        [liked(learner, 100 * batch + i, version=min(batch, 4), sign=-1 if batch == 4 else 1) for i in range(16)]
         for batch in range(6)
     ]
     journal, store = train_on(tmp_path, settings, LENIENT, held_out, batches)
@@ -235,14 +198,15 @@ def test_a_batch_turned_round_is_refused_and_leaves_no_moments(cluster, tmp_path
     assert [version.parent for version in versions] == [0, 1, 2, 3, 4, 4]
     *honest, turned, last = get(journal.gate_decisions.remote())
     assert all(decision.passed for decision in (*honest, last))
-    assert [check.name for check in turned.checks if not check.passed] == ["lesson"]
-    assert turned.checks[-1].value < 0.2 < 0.8 < last.checks[-1].value
-    assert get(store.latest.remote()) == Head(6, 7, (6, 4, 3, 2, 1, 0))
-    for version in (0, 1, 2, 3, 5):
-        learner.update(batches[version], min(version, 4))
+    assert [check.name for check in turned.checks if not check.passed] == ["agreement"]
+    agreements = [check.value for each in (turned, last) for check in each.checks if check.name == "agreement"]
+    assert agreements[0] < -0.8 < 0.8 < agreements[1]
+    assert get(store.latest.remote()) == Head(6, 7)
+    for batch, parent in ((0, 0), (1, 1), (2, 2), (3, 3), (5, 4)):
+        learner.update(batches[batch], parent)
     expected = tensors(learner.buckets(1 << 30))
     for name, array in tensors(read_buckets(tmp_path / "versions" / "6", 1 << 30)).items():
-        np.testing.assert_allclose(array, expected[name], atol=2e-6, err_msg=name)
+        np.testing.assert_allclose(array, expected[name], atol=1e-5, err_msg=name)
 
 
 def test_the_watch_takes_back_what_people_speak_badly_of(cluster, tmp_path):

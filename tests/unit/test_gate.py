@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from clawrl.config import GateSection
+from clawrl.training.agreement import ValuedReply
 from clawrl.training.gate import Evidence, HeldOutTurn, decide, kl_parent, kl_reference
 
 SETTINGS = GateSection(min_turns=4)
@@ -13,20 +14,17 @@ NUM = 10
 """Turns of each kind."""
 
 
-def turn(
-    score: int | None, change: float, *, tokens: int = 2, p: float = 0.5, lag: int = 1, taught: float | None = None,
-    **others,
-) -> HeldOutTurn:  # fmt: skip
-    """A reply whose tokens had probability `p` and moved by `change` nats each; by `taught` through the batch alone."""
+def turn(score: int | None, change: float, *, tokens: int = 2, p: float = 0.5, lag: int = 1, **others) -> HeldOutTurn:
+    """A reply whose tokens had probability `p` and moved by `change` nats each."""
     before = np.full(tokens, np.log(p))
     return HeldOutTurn(
         **{
+            "token_ids": np.zeros(tokens, np.int32),
             "score": score,
             "lag": lag,
             "behaviour": before,
             "parent": before,
             "candidate": before + change,
-            "alone": None if taught is None else before + taught,
             "reference": None,
             "stops": None,
             "ended": True,
@@ -148,48 +146,26 @@ class TestPreference:
         assert found.high == pytest.approx(2.33 * 0.2 * common.std() * np.sqrt(2 / 40), rel=0.15)
 
 
-class TestLesson:
-    def taught(self, good: list[float], bad: list[float]) -> list[HeldOutTurn]:
-        """Replies that the candidate moves the right way, whatever the batch alone does to them."""
-        return [turn(score, 0.01 * score, taught=each) for score, changes in ((1, good), (-1, bad)) for each in changes]
-
-    def test_by_hand(self):
-        """Of 16 pairs 1 beats 0; 2 beats 0 and meets 2; 3 and 4 beat 0, 2 and 2.5 each: 8.5 in all."""
-        found = check("lesson", *self.taught([0.01, 0.02, 0.03, 0.04], [0.0, 0.02, 0.025, 0.05]))
-        assert found.value == pytest.approx(8.5 / 16)
-        assert found.low < 0.5 < found.high
-        assert found.passed
-
+class TestAgreement:
     def test_a_batch_turned_round_is_refused_though_the_candidate_looks_well(self):
-        rng = np.random.default_rng(0)
-        good, bad = rng.normal(-0.01, 0.01, NUM), rng.normal(0.01, 0.01, NUM)
-        found = decision(*self.taught(list(good), list(bad)))
-        assert [each.name for each in found.checks if not each.passed] == ["lesson"]
-        assert found.reason == "lesson 0.1, its upper bound not below 0.5"
-        right_way = decision(*self.taught(list(-good), list(-bad)))
-        assert right_way.passed
-        lessons = [each.value for made in (found, right_way) for each in made.checks if each.name == "lesson"]
-        assert sum(lessons) == pytest.approx(1)
+        held_out = [turn(score, 0.01 * score, token_ids=reply(score)) for score in (1, -1) for _ in range(NUM)]
+        for sign in (1, -1):
+            batch = tuple(ValuedReply(reply(score), 0.7 * sign * score) for score in (1, -1) for _ in range(NUM))
+            found = decide(Evidence(True, 0.01, tuple(held_out), batch), SETTINGS, 10, seconds=0.5, at=1.0)
+            assert {each.name for each in found.checks if not each.passed} == (set() if sign == 1 else {"agreement"})
+            assert [each.value for each in found.checks if each.name == "agreement"] == [pytest.approx(sign)]
 
-    def test_a_batch_that_contradicts_within_noise_passes(self):
-        found = check("lesson", *self.taught([-3, -2, -1, 0, 1, 2], [-2, -1, 0, 1, 2, 3]))
-        assert found.value == pytest.approx((10 + 5 / 2) / 36)
+    def test_without_scores_nothing_is_compared(self):
+        batch = tuple(ValuedReply(reply(1), 1.0) for _ in range(NUM))
+        unjudged = tuple(turn(None, 0.0) for _ in range(NUM))
+        found = decide(Evidence(True, 0.01, unjudged, batch), SETTINGS, 10, seconds=0.5, at=1.0)
         assert found.passed
+        assert "agreement" not in {each.name for each in found.checks}
 
-    def test_a_few_large_changes_do_not_outweigh_the_rest(self):
-        """The means say the contrary of what most replies do."""
-        found = check("lesson", *self.taught([-1.0, *[0.01] * NUM], [1.0, *[-0.01] * NUM]))
-        assert found.value > 0.8
-        assert found.passed
 
-    def test_a_batch_that_teaches_nothing_passes(self):
-        found = check("lesson", *self.taught([0.0] * NUM, [0.0] * NUM))
-        assert (found.value, found.low, found.high, found.passed) == (0.5, 0.5, 0.5, True)
-
-    def test_turns_not_scored_in_time_are_left_out(self):
-        assert check("lesson", *turns(0.01, -0.01)) is None
-        few = [*self.taught([0.1] * 3, [-0.1] * NUM), turn(1, 0.01)]
-        assert check("lesson", *few) is None
+def reply(score: int) -> np.ndarray:
+    """A reply in the words of those that are judged so."""
+    return np.array([5, 6, 7] if score > 0 else [5, 8, 9], np.int32)
 
 
 class TestDivergence:

@@ -56,11 +56,22 @@ class EngineSection(Section):
 
 
 class GatewaySection(Section):
+    """The limits hold for each gateway replica by itself."""
+
     host: str = "127.0.0.1"
     port: int = Field(default=30000, ge=1, le=65535)
     replicas: int = Field(default=1, ge=1)
+    anyone: bool = Field(default=False, description="Without API keys, serve others than this machine too.")
     max_body_mib: int = Field(default=10, ge=1, description="Larger request bodies are refused with 413.")
-    max_concurrent_requests: int = Field(default=1024, ge=1)
+    max_concurrent_requests: int = Field(default=1024, ge=1, description="Others are held until one has ended.")
+    max_waiting: int = Field(default=4096, ge=0, description="Held so at most; beyond, 429 with Retry-After.")
+    key_concurrent: int | None = Field(default=None, ge=1, description="Requests of one API key answered at a time.")
+    key_waiting: int = Field(default=256, ge=0, description="Requests of one API key held at most; beyond, 429.")
+    key_tokens_per_minute: int | None = Field(
+        default=None, ge=1, description="Prompt and reply tokens of one API key; beyond, its requests are held."
+    )
+    keep_alive_s: float = Field(default=15.0, gt=0, description="A silent stream gets an empty delta this often.")
+    hold_s: float = Field(default=600.0, gt=0, description="How long a request waits for a policy replica that lives.")
 
 
 class JournalSection(Section):
@@ -113,6 +124,7 @@ class PolicySection(EngineSection):
     max_reply_tokens: int = Field(default=512, ge=1, description="Used where a request does not say.")
     tool_parser: str | None = Field(default="hermes", description="vLLM tool-call parser; none if null.")
     reasoning_parser: str | None = None
+    max_choices: int = Field(default=8, ge=1, description="Largest n of a request; more than one is a side turn.")
 
 
 class JudgeSection(EngineSection):
@@ -122,6 +134,11 @@ class JudgeSection(EngineSection):
     max_verdict_tokens: int = Field(default=128, ge=8)
     timeout_s: float = Field(default=60.0, gt=0, description="A later judgement abstains.")
     concurrency: int = Field(default=16, ge=1, description="Turns judged side by side.")
+    feedback_wait_s: float = Field(
+        default=60.0,
+        ge=0,
+        description="So long a turn with explicit feedback waits for a next message.",
+    )
     nice: int = Field(default=5, ge=0, le=19)
 
 

@@ -30,6 +30,7 @@ from clawrl.journal.actor import Journal
 from clawrl.journal.store import JournalStore
 from clawrl.rollout.collector import Collector
 from clawrl.serving import app
+from clawrl.serving.keys import FILE, KeyRing, require_keys_beyond_loopback
 from clawrl.serving.redaction import Redactor
 from clawrl.training.buffer import ReplayBuffer
 from clawrl.training.trainer import TrainLoop, run_trainer
@@ -207,6 +208,8 @@ def check(config: Config) -> None:
         except ConfigError as error:
             raise ConfigError(f"{section}.model: {error}") from None
     Redactor(config.privacy)
+    keys = KeyRing(Path(config.run_root).resolve() / FILE)
+    require_keys_beyond_loopback(keys, config.gateway.host, config.gateway.anyone)
     if not os.environ.get("RAY_ADDRESS"):  # in a cluster a dead clawrl's gateway may hold it, see `clear_cluster`
         require_port(config)
     if config.journal.url != "sqlite":

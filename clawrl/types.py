@@ -80,6 +80,8 @@ class Turn:
     ended: float
     request: str = ""  # digest of the request's prompt: the same request again is the same turn
     key: str | None = None  # the client's idempotency key, by user; None too if another turn had it before
+    reason: str = ""  # why it is main or side, and in this session
+    parent: str | None = None  # the turn whose conversation it goes on with: turns of a session are a tree
 
 
 @dataclass(frozen=True, slots=True)

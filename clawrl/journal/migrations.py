@@ -66,7 +66,13 @@ _TO_3 = [  # a repeated append is known by the time it tells
     *_told_once("erasures", "user", "at"),
 ]
 
-STEPS: dict[int, list[str]] = {1: _TO_2, 2: _TO_3}
+_TO_4 = [  # why a turn was classed so, what it goes on with, and whose a session is
+    "ALTER TABLE turns ADD COLUMN reason TEXT DEFAULT '' NOT NULL",
+    "ALTER TABLE turns ADD COLUMN parent TEXT",
+    'CREATE INDEX turns_session_user ON turns (session, "user")',
+]
+
+STEPS: dict[int, list[str]] = {1: _TO_2, 2: _TO_3, 3: _TO_4}
 """Statements that lead from a schema to the next."""
 
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from sqlalchemy import Connection, func, select, text
+from sqlalchemy import Connection, delete, func, insert, select, text
 
-from clawrl.journal.tables import CONSUMPTIONS, NO_TOKENS, SAMPLES, UNJUDGED, UNTRAINED
+from clawrl.journal.tables import CONSUMPTIONS, NEXT_STATES, NO_TOKENS, SAMPLES, UNJUDGED, UNTRAINED
 from clawrl.types import Judgement, NextState, Sample, Turn
 
 _UNJUDGED = f"""
@@ -31,6 +31,14 @@ _UNTRAINED = """
 _ADD_UNJUDGED = text(f"INSERT INTO unjudged (seq, turn) {_UNJUDGED} AND n.turn = :id ON CONFLICT DO NOTHING")
 _ADD_UNTRAINED = text(f"INSERT INTO untrained (seq, sample) {_UNTRAINED} AND s.id = :id ON CONFLICT DO NOTHING")
 _JUDGED = text("DELETE FROM unjudged WHERE turn = :id")
+_UNDO = text(
+    "DELETE FROM judgements WHERE turn = :id AND EXISTS (SELECT 1 FROM next_states n WHERE n.turn = :id) "
+    "AND NOT EXISTS (SELECT 1 FROM withdrawn w WHERE w.turn = :id)"
+)
+_SAMPLED = text(
+    "SELECT 1 WHERE EXISTS (SELECT 1 FROM samples WHERE id = :id) OR "
+    "EXISTS (SELECT 1 FROM consumptions WHERE sample = :id)"
+)
 _TRAINED = text("DELETE FROM untrained WHERE sample = :id")
 
 
@@ -40,6 +48,20 @@ def follow(connection: Connection, records: Iterable[Any]) -> None:
     _each(connection, _ADD_UNJUDGED, pairs)
     _each(connection, _JUDGED, {record.turn for record in _of(records, Judgement)})
     _each(connection, _ADD_UNTRAINED, {record.id for record in _of(records, Sample)})
+
+
+def judge_again(connection: Connection, turn: str) -> bool:
+    """Forget a judgement that made no sample, so that the turn is judged with what was said since; whether it is.
+
+    Its next state moves to the end: whoever reads in order has passed it.
+    """
+    if connection.scalar(_SAMPLED, {"id": turn}) or not connection.execute(_UNDO, {"id": turn}).rowcount:
+        return False
+    row = connection.execute(select(NEXT_STATES.table).where(NEXT_STATES.c.turn == turn)).mappings().one()
+    connection.execute(delete(NEXT_STATES.table).where(NEXT_STATES.c.turn == turn))
+    connection.execute(insert(NEXT_STATES.table), {name: value for name, value in row.items() if name != "seq"})
+    _each(connection, _ADD_UNJUDGED, [turn])
+    return True
 
 
 def trained(connection: Connection, samples: Iterable[str]) -> None:

@@ -48,7 +48,7 @@ from clawrl.types import (
     WeightVersion,
 )
 
-SCHEMA = 3
+SCHEMA = 4
 """Number of the layout below. A change to a table raises it and adds the step that brings an older journal here."""
 
 METADATA = MetaData()
@@ -209,6 +209,7 @@ TURNS = RecordTable(
         ("user", "session", "kind", "seq"),
         ("user", "request", "seq"),
         ("user", "seq"),
+        ("session", "user"),
     ),
 )
 NO_TOKENS = _to_npy(NOT_KEPT.prompt_ids)

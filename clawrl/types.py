@@ -129,6 +129,18 @@ class Episode:
 
 
 @dataclass(frozen=True, slots=True)
+class Comparison:
+    """All attempts of a group have ended and were held against one another; it is done once."""
+
+    group: str
+    source: str
+    task: str
+    outcomes: tuple[float, ...]  # of the attempts that have one
+    samples: int  # made of their turns; 0 where all went alike
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class Judgement:
     """The judge's view of a turn in the light of its next state."""
 

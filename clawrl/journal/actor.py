@@ -26,6 +26,7 @@ from clawrl.journal.store import JournalStore, Write
 from clawrl.observe import metric
 from clawrl.types import (
     Consent,
+    Episode,
     Erasure,
     Feedback,
     GateDecision,
@@ -151,6 +152,14 @@ class Journal:
     async def samples_to_train(self, after: int, limit: int, timeout_s: float) -> list[tuple[int, Sample]]:
         """Unconsumed samples with their seq (> after); [] after `timeout_s`."""
         return await self._poll(Sample, timeout_s, self._store.samples_to_train, after, limit)
+
+    async def groups_to_compare(self, after: int, limit: int, timeout_s: float) -> list[tuple[int, str]]:
+        """Groups all of whose attempts have ended, with a seq (> after); [] after `timeout_s`."""
+        return await self._poll(Episode, timeout_s, self._store.groups_to_compare, after, limit)
+
+    async def group(self, group: str) -> tuple[list[Episode], list[Turn]]:
+        """The attempts of a group and their main turns."""
+        return await self._read(self._store.group, group)
 
     async def held_out(self, limit: int) -> list[tuple[Sample, int | None]]:
         """The newest held-out samples, newest first, and how their turns were judged."""

@@ -21,6 +21,7 @@ from clawrl.journal.migrations import migrate
 from clawrl.journal.tables import (
     CONSENTS,
     CONSUMPTIONS,
+    EPISODES,
     FEEDBACK,
     JUDGEMENTS,
     META,
@@ -31,6 +32,7 @@ from clawrl.journal.tables import (
     SCHEMA,
     SWAPS,
     TURNS,
+    UNCOMPARED,
     UNJUDGED,
     UNTRAINED,
     VERSIONS,
@@ -39,6 +41,7 @@ from clawrl.journal.tables import (
 )
 from clawrl.types import (
     Consent,
+    Episode,
     Erasure,
     Feedback,
     GateDecision,
@@ -215,6 +218,22 @@ class JournalReader:
             .limit(limit)
         )
         return [(row[SAMPLES.c.seq], SAMPLES.decode(row)) for row in self._rows(query)]
+
+    def groups_to_compare(self, after: int, limit: int) -> list[tuple[int, str]]:
+        """Groups all of whose attempts have ended, in the order in which they did, beyond `after`."""
+        query = select(UNCOMPARED).where(UNCOMPARED.c.seq > after).order_by(UNCOMPARED.c.seq).limit(limit)
+        return [tuple(row.values()) for row in self._rows(query)]
+
+    def group(self, group: str) -> tuple[list[Episode], list[Turn]]:
+        """The attempts of a group in the order in which they ended, and their main turns; without those withdrawn."""
+        episodes = select(EPISODES.table).where(EPISODES.c.group == group).order_by(EPISODES.c.seq)
+        turns = (
+            select(TURNS.table)
+            .outerjoin(WITHDRAWN, WITHDRAWN.c.turn == TURNS.c.id)
+            .where(TURNS.c.group == group, TURNS.c.kind == "main", WITHDRAWN.c.turn.is_(None))
+            .order_by(TURNS.c.seq)
+        )
+        return [EPISODES.decode(row) for row in self._rows(episodes)], [TURNS.decode(row) for row in self._rows(turns)]
 
     def held_out(self, limit: int) -> list[tuple[Sample, int | None]]:
         """The newest held-out samples, newest first, and how their turns were judged."""

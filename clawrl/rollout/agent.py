@@ -57,9 +57,7 @@ class Caller:
     temperature: float = 1.0
     side: bool = False
 
-    async def reply(
-        self, attempt: Attempt, messages: list[Message], tools: tuple[Any, ...], limits: Limits
-    ) -> Message:
+    async def reply(self, attempt: Attempt, messages: list[Message], tools: tuple[Any, ...], limits: Limits) -> Message:
         """The assistant message, as it goes into the history. Raises openai.OpenAIError."""
         headers = {"X-Session-Id": attempt.session, "X-Source": attempt.source, "X-Group": attempt.group}
         request: dict[str, Any] = {"tools": list(tools)} if tools else {}

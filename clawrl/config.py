@@ -243,6 +243,25 @@ class GateSection(Section):
         return self.held_out_share if self.enabled else 0.0
 
 
+class PoolSection(Section):
+    """One pool of environments; a config may have several, each as `[[pools]]`."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$", description="In the dashboard, and the user of its turns.")
+    env: str = Field(description="gymnasium's name, `package:clawrl/Name-v0`; the package registers it.")
+    options: dict[str, Any] = Field(default={}, description="Keyword arguments of the environment.")
+    group_size: int = Field(default=8, ge=2, description="Attempts at one task, held against one another.")
+    groups: int = Field(default=4, ge=1, description="Groups under way at a time.")
+    workers: int = Field(default=1, ge=1, description="Processes that hold the environments.")
+    batches_ahead: float = Field(
+        default=1.0, gt=0, description="No group begins while this many batches wait for the trainer."
+    )
+    max_turns: int = Field(default=16, ge=1, description="Of one attempt; then it is graded as it stands.")
+    max_seconds: float = Field(default=300.0, gt=0, description="Of one attempt; then it is graded as it stands.")
+    max_observation_chars: int = Field(default=16_000, ge=64, description="Longer ones lose their middle.")
+    max_reply_tokens: int = Field(default=512, ge=1)
+    temperature: float = Field(default=1.0, ge=0, le=2)
+
+
 class ChatSection(Section):
     """The simulated users of `clawrl demo`."""
 
@@ -271,6 +290,7 @@ class Config(Section):
     versions: VersionsSection = VersionsSection()
     gate: GateSection = GateSection()
     chat: ChatSection = ChatSection()
+    pools: tuple[PoolSection, ...] = Field(default=(), description="Environments to train on, each as `[[pools]]`.")
 
     @model_validator(mode="after")
     def _agree(self) -> Config:
@@ -289,6 +309,9 @@ class Config(Section):
                 f"weights, but judge.model={self.judge.model!r} and policy.model={self.policy.model!r}; use one model, "
                 "or set learning.teacher=current and learning.kl_weight=0"
             )
+        names = [pool.name for pool in self.pools]
+        if len(set(names)) < len(names):
+            raise ValueError(f"pools: {', '.join(names)} are not all different; give each a name of its own")
         if self.policy.max_reply_tokens >= self.policy.max_model_len:
             raise ValueError(
                 f"policy.max_reply_tokens={self.policy.max_reply_tokens} leaves no room for a prompt in "

@@ -25,6 +25,7 @@ from clawrl.journal.erasure import Content
 from clawrl.journal.store import JournalStore, Write
 from clawrl.observe import metric
 from clawrl.types import (
+    Comparison,
     Consent,
     Episode,
     Erasure,
@@ -160,6 +161,10 @@ class Journal:
     async def group(self, group: str) -> tuple[list[Episode], list[Turn]]:
         """The attempts of a group and their main turns."""
         return await self._read(self._store.group, group)
+
+    async def comparisons(self) -> list[Comparison]:
+        """All, oldest first."""
+        return await self._read(self._store.comparisons)
 
     async def held_out(self, limit: int) -> list[tuple[Sample, int | None]]:
         """The newest held-out samples, newest first, and how their turns were judged."""

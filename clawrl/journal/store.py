@@ -40,6 +40,7 @@ from clawrl.journal.tables import (
     RecordTable,
 )
 from clawrl.types import (
+    Comparison,
     Consent,
     Episode,
     Erasure,
@@ -234,6 +235,9 @@ class JournalReader:
             .order_by(TURNS.c.seq)
         )
         return [EPISODES.decode(row) for row in self._rows(episodes)], [TURNS.decode(row) for row in self._rows(turns)]
+
+    def comparisons(self) -> list[Comparison]:
+        return self._all(Comparison)
 
     def held_out(self, limit: int) -> list[tuple[Sample, int | None]]:
         """The newest held-out samples, newest first, and how their turns were judged."""

@@ -56,6 +56,7 @@ class Caller:
     model: str
     temperature: float = 1.0
     side: bool = False
+    user: str = "local"
 
     async def reply(self, attempt: Attempt, messages: list[Message], tools: tuple[Any, ...], limits: Limits) -> Message:
         """The assistant message, as it goes into the history. Raises openai.OpenAIError."""
@@ -66,6 +67,7 @@ class Caller:
             messages=messages,  # type: ignore[arg-type]
             temperature=self.temperature,
             max_completion_tokens=limits.reply_tokens,
+            user=self.user,
             extra_headers={**headers, "X-Turn-Type": "side" if self.side else "main"},
             **request,
         )

@@ -15,6 +15,8 @@ A slow judgement holds back later samples of the same user, for as long as two t
 Explicit feedback. Its score stands above the judge's; its text is read by the judge beside what followed. A turn that
 nothing follows is judged by it alone, `judge.feedback_wait_s` after it came.
 
+Environments. Turns of a group of attempts are not judged here: `comparing` runs beside this flow.
+
 Failures. A call that fails because its replica is gone is repeated until `judge.timeout_s` has passed; only then does
 the turn abstain. A teacher or reference that fails drops its own term. A journal that fails is asked again until it
 answers: no judgement is thrown away.
@@ -39,6 +41,7 @@ from clawrl.algorithms.hints import with_hint
 from clawrl.config import JudgeSection, LearningSection
 from clawrl.errors import ClawrlError
 from clawrl.observe import metric
+from clawrl.rollout.comparing import Comparer
 from clawrl.rollout.samples import build_sample, is_held_out, needs_scores, require_complete
 from clawrl.types import Feedback, Judgement, NextState, Sample, Scores, Turn
 
@@ -86,8 +89,10 @@ class Collector:
         self._counts: Counter[str] = Counter()
         self._reward: float | None = None
         self._after = 0
+        self._comparer = Comparer(journal, learning, self._insist, self._reference)
         loop = asyncio.get_running_loop()
-        self._polling = [loop.create_task(each) for each in (self._poll(), self._end_silence())]
+        flows = (self._poll(), self._end_silence(), self._comparer.run())
+        self._polling = [loop.create_task(each) for each in flows]
         for task in self._polling:
             task.add_done_callback(_report_defect)
 
@@ -95,7 +100,9 @@ class Collector:
         """Counts since the actor's start, turns in flight, and the running mean of all scores."""
         names = ("judged", "abstained", "hints", "samples", "skipped", "teacher_failures", "reference_failures")
         counts: dict[str, float | None] = {name: self._counts[name] for name in (*names, "retries", "build_failures")}
-        return {**counts, "in_flight": len(self._turns), "users": len(self._rebuilt), "reward": self._reward}
+        compared = {f"compared_{name}": number for name, number in sorted(self._comparer.counts.items())}
+        known = {"in_flight": len(self._turns), "users": len(self._rebuilt), "reward": self._reward}
+        return {**counts, **known, **compared}
 
     async def close(self) -> None:
         """Stop at once; turns in flight have no judgement in the journal and are judged by the next collector."""
@@ -174,7 +181,7 @@ class Collector:
         hints = judgement.hints[: self._learning.max_hints] if teach else ()
         *teacher, reference = await asyncio.gather(
             *(self._try_score(turn, "teacher", partial(self._ask_teacher, turn, hint)) for hint in hints),
-            self._try_score(turn, "reference", partial(self._ask_reference, turn)) if refer else _nothing(),
+            self._reference(turn) if refer else _nothing(),
         )
         return teacher, reference
 
@@ -229,6 +236,9 @@ class Collector:
         return self._teacher.score_messages.remote(
             hinted, turn.tools, turn.template, turn.capture.completion_ids, self._learning.teacher_top
         )
+
+    async def _reference(self, turn: Turn) -> Scores | None:
+        return await self._try_score(turn, "reference", partial(self._ask_reference, turn))
 
     def _ask_reference(self, turn: Turn) -> Awaitable[Scores]:
         return self._judge.score_ids.remote(turn.capture.prompt_ids, turn.capture.completion_ids, 0)

@@ -56,11 +56,22 @@ class EngineSection(Section):
 
 
 class GatewaySection(Section):
+    """The limits hold for each gateway replica by itself."""
+
     host: str = "127.0.0.1"
     port: int = Field(default=30000, ge=1, le=65535)
     replicas: int = Field(default=1, ge=1)
+    anyone: bool = Field(default=False, description="Without API keys, serve others than this machine too.")
     max_body_mib: int = Field(default=10, ge=1, description="Larger request bodies are refused with 413.")
-    max_concurrent_requests: int = Field(default=1024, ge=1)
+    max_concurrent_requests: int = Field(default=1024, ge=1, description="Others are held until one has ended.")
+    max_waiting: int = Field(default=4096, ge=0, description="Held so at most; beyond, 429 with Retry-After.")
+    key_concurrent: int | None = Field(default=None, ge=1, description="Requests of one API key answered at a time.")
+    key_waiting: int = Field(default=256, ge=0, description="Requests of one API key held at most; beyond, 429.")
+    key_tokens_per_minute: int | None = Field(
+        default=None, ge=1, description="Prompt and reply tokens of one API key; beyond, its requests are held."
+    )
+    keep_alive_s: float = Field(default=15.0, gt=0, description="A silent stream gets an empty delta this often.")
+    hold_s: float = Field(default=600.0, gt=0, description="How long a request waits for a policy replica that lives.")
 
 
 class JournalSection(Section):
@@ -113,6 +124,7 @@ class PolicySection(EngineSection):
     max_reply_tokens: int = Field(default=512, ge=1, description="Used where a request does not say.")
     tool_parser: str | None = Field(default="hermes", description="vLLM tool-call parser; none if null.")
     reasoning_parser: str | None = None
+    max_choices: int = Field(default=8, ge=1, description="Largest n of a request; more than one is a side turn.")
 
 
 class JudgeSection(EngineSection):
@@ -122,6 +134,11 @@ class JudgeSection(EngineSection):
     max_verdict_tokens: int = Field(default=128, ge=8)
     timeout_s: float = Field(default=60.0, gt=0, description="A later judgement abstains.")
     concurrency: int = Field(default=16, ge=1, description="Turns judged side by side.")
+    feedback_wait_s: float = Field(
+        default=60.0,
+        ge=0,
+        description="So long a turn with explicit feedback waits for a next message.",
+    )
     nice: int = Field(default=5, ge=0, le=19)
 
 
@@ -226,6 +243,25 @@ class GateSection(Section):
         return self.held_out_share if self.enabled else 0.0
 
 
+class PoolSection(Section):
+    """One pool of environments; a config may have several, each as `[[pools]]`."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$", description="In the dashboard, and the user of its turns.")
+    env: str = Field(description="gymnasium's name, `package:clawrl/Name-v0`; the package registers it.")
+    options: dict[str, Any] = Field(default={}, description="Keyword arguments of the environment.")
+    group_size: int = Field(default=8, ge=2, description="Attempts at one task, held against one another.")
+    groups: int = Field(default=4, ge=1, description="Groups under way at a time.")
+    workers: int = Field(default=1, ge=1, description="Processes that hold the environments.")
+    batches_ahead: float = Field(
+        default=1.0, gt=0, description="No group begins while this many batches wait for the trainer."
+    )
+    max_turns: int = Field(default=16, ge=1, description="Of one attempt; then it is graded as it stands.")
+    max_seconds: float = Field(default=300.0, gt=0, description="Of one attempt; then it is graded as it stands.")
+    max_observation_chars: int = Field(default=16_000, ge=64, description="Longer ones lose their middle.")
+    max_reply_tokens: int = Field(default=512, ge=1)
+    temperature: float = Field(default=1.0, ge=0, le=2)
+
+
 class ChatSection(Section):
     """The simulated users of `clawrl demo`."""
 
@@ -254,6 +290,7 @@ class Config(Section):
     versions: VersionsSection = VersionsSection()
     gate: GateSection = GateSection()
     chat: ChatSection = ChatSection()
+    pools: tuple[PoolSection, ...] = Field(default=(), description="Environments to train on, each as `[[pools]]`.")
 
     @model_validator(mode="after")
     def _agree(self) -> Config:
@@ -272,6 +309,9 @@ class Config(Section):
                 f"weights, but judge.model={self.judge.model!r} and policy.model={self.policy.model!r}; use one model, "
                 "or set learning.teacher=current and learning.kl_weight=0"
             )
+        names = [pool.name for pool in self.pools]
+        if len(set(names)) < len(names):
+            raise ValueError(f"pools: {', '.join(names)} are not all different; give each a name of its own")
         if self.policy.max_reply_tokens >= self.policy.max_model_len:
             raise ValueError(
                 f"policy.max_reply_tokens={self.policy.max_reply_tokens} leaves no room for a prompt in "

@@ -32,6 +32,8 @@ METRICS: dict[str, tuple[str, str]] = {
     "trainer/step_num": ("gauge", "Optimizer steps taken."),
     "trainer/loss_value": ("gauge", "Loss of the last step."),
     "trainer/lag_num": ("gauge", "Mean versions between sampling and training in the last batch."),
+    "pool/episodes_num": ("counter", "Attempts of environments that ended, however they did."),
+    "pool/outcome_score": ("gauge", "Mean outcome of the newest group of attempts, -1 to 1."),
     "versions/latest_num": ("gauge", "Newest published version."),
     "versions/gate_rejections_num": ("counter", "Versions rejected before they served anybody."),
     "versions/rollbacks_num": ("counter", "Versions taken back by the watch."),

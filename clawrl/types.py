@@ -80,6 +80,8 @@ class Turn:
     ended: float
     request: str = ""  # digest of the request's prompt: the same request again is the same turn
     key: str | None = None  # the client's idempotency key, by user; None too if another turn had it before
+    reason: str = ""  # why it is main or side, and in this session
+    parent: str | None = None  # the turn whose conversation it goes on with: turns of a session are a tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,18 @@ class Episode:
     rewards: tuple[float, ...]  # of each step, without the outcome
     reason: str  # what cut it short or broke it; empty where it ended by itself
     seconds: float
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """All attempts of a group have ended and were held against one another; it is done once."""
+
+    group: str
+    source: str
+    task: str
+    outcomes: tuple[float, ...]  # of the attempts that have one
+    samples: int  # made of their turns; 0 where all went alike
     at: float
 
 

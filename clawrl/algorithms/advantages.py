@@ -1,4 +1,4 @@
-"""Advantages: what each reply token is worth, from a judged score or from a teacher's view of the reply. Pure numpy.
+"""Advantages: what each reply token is worth, by a judge's score, a group's outcomes or a teacher's view. Pure numpy.
 
 Knows the arrays of a reply (T tokens, support of k tokens per position, K tokens scored by the teacher). Ignores how
 they were captured or judged and which loss uses them. All log-probabilities are natural, full-vocabulary, at
@@ -7,11 +7,13 @@ temperature 1. What a teacher did not say is marked invalid, never guessed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from clawrl.types import Distillation, Scores
+
+GROUP_EPSILON = 1e-6
 
 
 class RunningBaseline:
@@ -38,6 +40,18 @@ class RunningBaseline:
         self._means.pop(user, None)
         for score in scores:
             self.advantage(user, score)
+
+
+def group_advantages(outcomes: Sequence[float]) -> np.ndarray | None:
+    """f64[G]: each attempt's z-score among those at its task, with the population's σ (GRPO, arXiv:2402.03300 §4.1.2).
+
+    A_g = (o_g - mean(o)) / (σ(o) + 1e-6). None where all outcomes are equal, also of a single one: nothing is to be
+    learnt from the comparison (dynamic sampling of DAPO, arXiv:2503.14476, drops such groups).
+    """
+    values = np.asarray(outcomes, np.float64)
+    if len(values) < 2 or np.ptp(values) == 0:
+        return None
+    return (values - values.mean()) / (values.std() + GROUP_EPSILON)
 
 
 def score_advantages(advantage: float, num_tokens: int) -> np.ndarray:

@@ -17,6 +17,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -155,7 +156,7 @@ class AgentEnv(gymnasium.Env[tuple[Message, ...], Message], Generic[TaskT], ABC)
         self.task = self.make_task(int(self.np_random.integers(2**31) if number is None else number), split)
         opening = self.begin(self.task)
         self.tools = opening.tools
-        return opening.messages, {"task": self.task.id, "tools": opening.tools}
+        return deepcopy(opening.messages), {"task": self.task.id, "tools": deepcopy(opening.tools)}
 
     def step(self, action: Message) -> tuple[tuple[Message, ...], float, bool, bool, dict[str, Any]]:
         """Never truncates: that is the rollout's. The last reward has the verdict in it, which is `info["outcome"]`.

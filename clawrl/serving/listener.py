@@ -88,20 +88,6 @@ def _bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-class Slots:
-    """ASGI middleware: at most so many requests of these paths at a time; the others wait for their turn, unrefused."""
-
-    def __init__(self, app: Any, paths: frozenset[str], limit: int) -> None:
-        self._app, self._paths, self._free = app, paths, asyncio.Semaphore(limit)
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope.get("path") not in self._paths:
-            await self._app(scope, receive, send)
-            return
-        async with self._free:
-            await self._app(scope, receive, send)
-
-
 class InTurn:
     """ASGI middleware: requests with the same `Idempotency-Key` are answered one after the other, whole streams."""
 

@@ -20,7 +20,8 @@ from clawrl.types import Message, NextState, Tool
 from envs.chat.phrases import WANTS, Phrasing, Want, say
 from envs.chat.styles import FORMS, Form, Style, default_style, render
 from envs.chat.world import HELDOUT_NAMES, ITEMS, TRAIN_NAMES, Problem, Split, make_problem
-from jobs.tiny_model.tools import FLAW_SHARES, TOOLS, call_message, demonstrate, invented_word, make_task, run_tool
+from envs.toolcall.stock import TOOLS, invented_word, make_task, run_tool
+from jobs.tiny_model.tools import FLAW_SHARES, call_message, demonstrate
 
 Task = Literal["chat", "hinted", "corrected", "judge", "hint", "tools", "drill", "recall", "copy"]
 SHARES: dict[Task, float] = {

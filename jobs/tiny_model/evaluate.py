@@ -24,8 +24,8 @@ from envs.chat.phrases import WANTS, Phrasing, say, strings
 from envs.chat.styles import FORMS, classify, default_style, render
 from envs.chat.user import PERSONAS, satisfies
 from envs.chat.world import Problem, Split, check, make_problem
+from envs.toolcall.stock import TOOLS, ToolTask, make_task, run_tool, solved
 from jobs.tiny_model.corpus import Case, assistant, make_case, toward, user, wants_against
-from jobs.tiny_model.tools import TOOLS, ToolTask, make_task, run_tool, solved
 
 PHRASINGS: tuple[Phrasing, ...] = ("train", "unseen", "written")
 JUDGE_TEMPERATURE = 0.6

@@ -16,7 +16,7 @@ from clawrl.config import JudgeSection, LearningSection
 from clawrl.journal.actor import Journal
 from clawrl.rollout.collector import Collector
 from clawrl.testing import ScriptedJudge, ScriptedPolicy, next_state
-from clawrl.types import Sample, Turn
+from clawrl.types import Feedback, Sample, Turn
 
 pytestmark = pytest.mark.cluster
 
@@ -321,3 +321,51 @@ def test_many_turns_of_one_user_flow(actors, tmp_path):
     house.wait(40)
     assert len({turn for turn, _, _ in house.judgements()}) == 40
     assert house.stats()["judged"] == 40
+
+
+def opine(house: House, turn: Turn, score: Any = None, text: str | None = None) -> None:
+    said = Feedback(f"{turn.id} {score} {text}", turn.id, turn.user, score, text, time.time())
+    ask(house.journal.take_feedback.remote(said))
+
+
+def test_explicit_feedback_stands_above_the_judge(actors, tmp_path):
+    house = House(actors, tmp_path)
+    turn = house.say("+1")
+    opine(house, turn, -1)
+    house.collect(LearningSection(support=4, baseline="none"))
+    house.wait(1)
+    house.stats()
+    assert house.judgements() == [(turn.id, -1, None)]
+    assert rewards(house.samples()[turn.id]) == -1.0
+
+
+def test_a_turn_that_nothing_follows_learns_from_feedback(actors, tmp_path):
+    """Thumbs alone make a reward, a correction a hint; without either it stays untrained."""
+    house = House(actors, tmp_path)
+    source = ScriptedPolicy(seed=3)
+    liked, corrected, silent = (source.turn([{"role": "user", "content": str(i)}], 6) for i in range(3))
+    ask(house.journal.append.remote(liked, corrected, silent))
+    house.collect(LearningSection(support=4, teacher="frozen"), house.judge, feedback_wait_s=0.5)
+    opine(house, liked, 1)
+    opine(house, corrected, -1, "-1 hint: be brief")
+    house.wait(2)
+    house.stats()
+    assert {(id, score) for id, score, _ in house.judgements()} == {(liked.id, 1), (corrected.id, -1)}
+    samples = house.samples()
+    assert set(samples) == {liked.id, corrected.id}
+    assert samples[liked.id].distillation is None
+    assert samples[corrected.id].distillation is not None
+
+
+def test_late_feedback_teaches_a_turn_that_had_taught_nothing(actors, tmp_path):
+    house = House(actors, tmp_path)
+    house.collect(LearningSection(support=4, baseline="none"))
+    turn = house.say("?")
+    house.wait(1)
+    assert house.samples() == {}
+    opine(house, turn, 1)
+    deadline = time.monotonic() + 30
+    while turn.id not in house.samples():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert house.judgements() == [(turn.id, 1, None)]

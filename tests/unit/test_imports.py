@@ -135,7 +135,7 @@ def test_pure_modules_know_no_ray():
     assert wrong == []
 
 
-def test_environments_see_two_modules_of_clawrl():
+def test_environments_see_three_modules_of_clawrl():
     wrong = [
         f"{place(path, line)} imports {name}"
         for path in modules("envs")

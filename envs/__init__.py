@@ -1,0 +1,5 @@
+"""Environments, by the names under which gymnasium makes them: `gymnasium.make("envs:clawrl/ToolCall-v0")`."""
+
+import gymnasium
+
+gymnasium.register("clawrl/ToolCall-v0", entry_point="envs.toolcall.env:ToolCallEnv", order_enforce=False)

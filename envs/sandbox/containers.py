@@ -27,14 +27,18 @@ from envs.sandbox.labels import Label
 from envs.sandbox.running import RunningSandbox
 from envs.sandbox.shells import Resize
 from envs.sandbox.spec import SandboxSpec
-from envs.sandbox.streams import CHUNK, Process
+from envs.sandbox.streams import CHUNK, Process, wait_for_one
 
 SNAPSHOTS = "clawrl-snapshot:"
 LAYERS = "clawrl-layer:"
 TIMEOUT = 120
+LATE, FIRST_LATE, KILLING = 2.0, 20.0, 30.0
+"""Seconds without output after a command's end that say that only its daemons hold the stream (of none at all: that it
+got lost), and seconds that ending a process may take."""
+
 CAPABILITIES = "CHOWN DAC_OVERRIDE FOWNER FSETID KILL SETGID SETUID SETPCAP NET_BIND_SERVICE".split()
-FIRST = "trap 'exit 0' TERM; while :; do sleep 86400 & wait $!; done"
-"""Pid 1: buries orphans, ends at once when told to."""
+FIRST = "trap '' HUP INT TERM; while :; do sleep 86400 & wait $!; done"
+"""Pid 1: buries orphans; nobody inside can end it."""
 
 KILL = r"""
 below() { for stat in /proc/[0-9]*/stat; do
@@ -63,9 +67,9 @@ def client() -> Any:
         try:
             found = docker.from_env(timeout=TIMEOUT)
             found.ping()
-        except (errors.DockerException, OSError) as error:
+        except (errors.DockerException, OSError):
             where = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
-            raise SandboxError(f"no docker daemon answers at {where}: start it, or set DOCKER_HOST ({error})") from None
+            raise SandboxError(f"no docker daemon answers at {where}: start it, or set DOCKER_HOST") from None
         _clients.client, _clients.key = found, key
     return _clients.client
 
@@ -368,7 +372,7 @@ class DockerProcess(Process):
         self._socket.setblocking(False)
         self._buffer, self._first, self.inner = b"", b"", None
         self._reading, self._writing, self._code = True, True, None
-        self._looked = 0.0
+        self._looked, self._late = 0.0, 0.0
 
     def outputs(self):
         return (self._socket.fileno(),) if self._reading else ()
@@ -386,6 +390,7 @@ class DockerProcess(Process):
         if not data:
             self._reading = False
             return []
+        self._late = time.monotonic()
         pieces = [(1, data)] if self._terminal else self._frames(data)
         if self.inner is None:
             pieces = [piece for each in pieces for piece in self._without_pid(each)]
@@ -436,7 +441,9 @@ class DockerProcess(Process):
                 return True
             if not found["Running"] and found["ExitCode"] is not None:
                 self._code = found["ExitCode"]
-        return self._code is not None
+                self._late = time.monotonic()
+        patience = FIRST_LATE if self.inner is None else LATE
+        return self._code is not None and (not self._reading or time.monotonic() > self._late + patience)
 
     def code(self) -> int | None:
         if self._code == -1:
@@ -446,11 +453,19 @@ class DockerProcess(Process):
         return self._code
 
     def kill(self) -> None:
+        """The daemon tells no other exec's end while a stream that nobody reads is full: it is closed first."""
         if not self.ended():
+            deadline = time.monotonic() + KILLING
+            while self.inner is None and self._reading and time.monotonic() < deadline:  # it has just been started
+                wait_for_one(self, 0.2)
+                for descriptor in self.outputs():
+                    self.receive(descriptor)
+            self.close()
             self._kill("all")
 
     def kill_below(self) -> None:
-        self._kill("below")
+        """Beside the caller, who goes on reading."""
+        threading.Thread(target=self._kill, args=("below",), daemon=True).start()
 
     def _kill(self, what: str) -> None:
         """From inside; where no process can be started any more (a fork bomb) all of the container's end."""
@@ -461,8 +476,11 @@ class DockerProcess(Process):
             made = _asking(
                 "kill", api.exec_create, self._sandbox._container, ["/bin/sh", "-c", KILL, "sh", str(self.inner), what]
             )
-            _asking("kill", api.exec_start, made["Id"])
-            done = _asking("kill", api.exec_inspect, made["Id"])["ExitCode"] == 0
+            _asking("kill", api.exec_start, made["Id"], detach=True)
+            done, deadline = False, time.monotonic() + KILLING
+            while not done and time.monotonic() < deadline:
+                done = not _asking("kill", api.exec_inspect, made["Id"])["Running"]
+                time.sleep(0 if done else 0.01)
         except SandboxError:
             done = False
         if not done:

@@ -125,7 +125,7 @@ def start(settings: dict[str, Any], failing: int) -> None:
             filter_calls(settings["rules"])
         os.set_inheritable(failing, False)
         os.closerange(3, failing)
-        os.closerange(failing + 1, 1024)
+        os.closerange(failing + 1, 1 << 16)
         for number in (signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)
         os.execvpe(settings["command"][0], settings["command"], settings["env"])

@@ -81,8 +81,6 @@ def find(name: str, label: Label, build: Callable[[Path], str]) -> Image:
         return _made(f"tar-{file_hash(path)}", label, lambda root: _unpack_file(path, root))
     if (path / "Dockerfile").is_file():
         return find(build(path), label, build)
-    if not any((path / each).exists() for each in ("bin", "usr")):
-        raise SandboxError(f"image {path} has neither a Dockerfile nor bin or usr: it is no root file system")
     return _made(f"folder-{folder_hash(path)}", label, lambda root: packed(path, lambda stream: _unpack(stream, root)))
 
 
@@ -241,7 +239,9 @@ def file_hash(path: Path) -> str:
 
 
 def folder_hash(path: Path) -> str:
-    """Of names, modes, links and contents; contents are read once as long as no file is touched."""
+    """Of a root file system's names, modes, links and contents, read once as long as no file is touched."""
+    if not any((path / each).exists() for each in ("bin", "usr")):
+        raise SandboxError(f"image {path} has neither a Dockerfile nor bin or usr: it is no root file system")
     stamps, files = hashlib.sha256(FORMAT.encode()), []
     for folder, folders, names in os.walk(path):
         folders.sort()

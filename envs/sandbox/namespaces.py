@@ -201,9 +201,7 @@ class NamespaceSandbox(RunningSandbox):
         script = 'cd "$1" && exec cp -a --reflink=auto upper/. "$2"'
         command = ["sh", "-c", script, "sh", str(self._home / self._box), str(root)]
         words = ["nsenter", *self._joining(("user", "mnt")), "--", *command]
-        done = subprocess.run(
-            words, pass_fds=tuple(self._spaces.values()), capture_output=True, text=True, timeout=600, check=False
-        )  # fmt: skip
+        done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
         if done.returncode:
             raise SandboxError(f"the snapshot could not be taken: {done.stderr.strip()[-500:]}")
 
@@ -214,10 +212,11 @@ class NamespaceSandbox(RunningSandbox):
         raise NotImplementedError
 
     def _joining(self, names: Sequence[str]) -> list[str]:
-        """nsenter's options for namespaces that are open."""
+        """nsenter's options for namespaces that are open. By path: an inherited descriptor would come along inside."""
         options = {"user": "--user", "mnt": "--mount", "net": "--net", "ipc": "--ipc", "uts": "--uts"}
+        there = f"/proc/{os.getpid()}/fd"
         keep = [] if mapped.as_root() else ["--preserve-credentials"]
-        return [f"{options[name]}=/proc/self/fd/{self._spaces[name]}" for name in names if name in self._spaces] + keep
+        return [f"{options[name]}={there}/{self._spaces[name]}" for name in names if name in self._spaces] + keep
 
     def _limiting(self) -> list[str]:
         """Limits per process, where no group holds them. Set inside, where only the sandbox's processes count."""
@@ -242,7 +241,7 @@ class NamespaceSandbox(RunningSandbox):
             name = os.ttyname(terminal[1]) if terminal else None
             try:
                 words, passed = self._enter(command, env, cwd, writing, name)
-                passed += [*self._spaces.values(), writing]
+                passed += [writing]
                 if (rules := seccomp.open_program()) is not None:
                     stack.callback(os.close, rules)
                     words, passed = self._filtered(words, rules), [*passed, rules]
@@ -371,11 +370,17 @@ class BwrapSandbox(NamespaceSandbox):
     def _enter(self, command, env, cwd, status, terminal):
         root, shm = (str(self._home / self._box / name) for name in ("root", "shm"))
         first = "pid" not in self._spaces
-        words = ["nsenter", *self._joining(("user", "mnt", "net", "ipc", "uts")), "--", *self._limiting(), "bwrap"]
+        words = [
+            "nsenter",
+            *self._joining(("user", "mnt", "net", "ipc", "uts")),
+            "--",
+            *self._limiting(),
+            "bwrap",
+        ]
         if first:
             words += ["--unshare-pid", "--as-pid-1", "--unshare-ipc", "--unshare-uts", "--hostname", HOSTNAME]
             words += ["--unshare-net"] if self.spec.network == "none" else []
-        else:
+        else:  # comes along inside, where it says no more than /proc/self/ns/pid
             words += ["--pidns", str(self._spaces["pid"])]
         words += ["--json-status-fd", str(status), "--bind", root, "/"]
         for name in self._image.binds:
@@ -385,7 +390,7 @@ class BwrapSandbox(NamespaceSandbox):
         words += ["--clearenv", *(word for name, value in env.items() for word in ("--setenv", name, value))]
         if terminal:  # a session of its own inside, which takes the terminal as its own
             command = ["/bin/sh", "-c", 'exec <>/dev/console >&0 2>&0; exec "$@"', "sh", *command]
-        return [*words, "--new-session", "--chdir", cwd, "--", *command], []
+        return [*words, "--new-session", "--chdir", cwd, "--", *command], [] if first else [self._spaces["pid"]]
 
     def _filtered(self, words, rules):
         at = words.index("bwrap") + 1
@@ -411,7 +416,9 @@ class UnshareSandbox(NamespaceSandbox):
             "processes": None if self.spec.pids is None or "pids" in held else self.spec.pids + OWN_PROCESSES,
             "data": None if "memory" in held else self.spec.memory,
         }  # fmt: skip
-        return [sys.executable, "-I", "-S", str(Path(__file__).with_name("entry.py")), json.dumps(settings)], []
+        return [sys.executable, "-I", "-S", str(Path(__file__).with_name("entry.py")), json.dumps(settings)], [
+            *self._spaces.values()
+        ]  # closed there
 
     def _filtered(self, words, rules):
         return [*words[:-1], json.dumps({**json.loads(words[-1]), "rules": rules})]

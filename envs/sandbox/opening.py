@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from clawrl.errors import ConfigError, SandboxError
-from envs.sandbox import bare, cgroups, containers, labels, mapped, namespaces
+from envs.sandbox import bare, cgroups, containers, images, labels, mapped, namespaces
 from envs.sandbox.base import Sandbox
 from envs.sandbox.labels import Label
 from envs.sandbox.spec import SandboxSpec
@@ -22,9 +22,10 @@ _lock = threading.Lock()
 def open_sandbox(spec: SandboxSpec, backend: str = "auto", run: str = "local") -> Sandbox:
     """A running sandbox. backend: auto, bwrap, docker, unshare, or process (no isolation at all; never by auto).
 
-    auto is docker if the image is one that docker has (or can pull) and the limits hold there, else bwrap, else
-    unshare. `run` labels the sandbox: the first call for a run removes what killed processes of that run left on this
-    machine. Raises SandboxError with the reason of each backend and what would help.
+    auto is docker for a tag that docker has (or can pull), if the limits hold there, else bwrap, else unshare; images
+    of this machine start in bwrap or unshare where these work. `run` labels the sandbox: the first call for a run
+    removes what killed processes of that run left on this machine. Raises SandboxError with the reason of each backend
+    and what would help.
     """
     if backend not in ("auto", *BACKENDS):
         raise ConfigError(f"sandbox backend {backend!r} is not one of auto, {', '.join(BACKENDS)}")
@@ -33,7 +34,7 @@ def open_sandbox(spec: SandboxSpec, backend: str = "auto", run: str = "local") -
             reconcile(run)
             _begun.add((run, os.getpid()))
     label = labels.own_label(run)
-    names = [backend] if backend != "auto" else ["docker", "bwrap", "unshare"]
+    names = [backend] if backend != "auto" else _order(spec.image)
     refused: dict[str, str] = {}
     for name in names:
         why = refusal(name, spec)
@@ -45,6 +46,12 @@ def open_sandbox(spec: SandboxSpec, backend: str = "auto", run: str = "local") -
         "\nFor trusted commands only, backend='process' runs them without any isolation."
     )  # fmt: skip
     raise SandboxError(f"no sandbox for image {spec.image!r}:\n{reasons}{choice}")
+
+
+def _order(image: str) -> list[str]:
+    """What auto tries, first to last."""
+    here = image in ("host", "base") or image.startswith("snapshot:") or images.local_path(image) is not None
+    return ["bwrap", "unshare", "docker"] if here else ["docker", "bwrap", "unshare"]
 
 
 def refusal(name: str, spec: SandboxSpec) -> str | None:

@@ -22,7 +22,7 @@ from envs.sandbox.streams import HeadTail, Process, exchange
 Resize = Callable[[int, int], None]
 
 START = 20.0
-AFTERMATH = 2.0
+AFTERMATH = 5.0
 """Seconds a shell may take to start, and to speak again after its command was killed."""
 
 _PROGRAM = "if command -v bash >/dev/null 2>&1; then exec bash {bash}; fi; exec sh {sh}"

@@ -164,6 +164,11 @@ def _ready(process: Process, writing: bool, deadline: float) -> list[int]:
         return [key.fd for key, _ in selector.select(wait)]
 
 
+def wait_for_one(process: Process, seconds: float) -> None:
+    """Until there is something to read, at most so long."""
+    _ready(process, False, time.monotonic() + seconds)
+
+
 def _await_end(process: Process, deadline: float) -> bool:
     """A command may close its output and go on."""
     pause = 0.0005

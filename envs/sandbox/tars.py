@@ -52,7 +52,7 @@ def unpack(tar: bytes, to: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists() and not path.is_symlink():
                 path.symlink_to(target)
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, KeyError) as error:
         raise SandboxError(f"what the sandbox gave is not a tar that may be unpacked: {error}") from None
 
 

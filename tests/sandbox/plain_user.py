@@ -3,8 +3,12 @@
 Starts as root, imports, becomes that user for good, and answers calls: (object, name, arguments, options) → value.
 """
 
-import encodings.idna  # noqa: F401  (what is loaded late could lie where the user may not read)
+import bz2  # noqa: F401  (what is loaded late could lie where the user may not read)
+import ctypes
+import encodings.idna  # noqa: F401
+import gzip  # noqa: F401
 import itertools
+import lzma  # noqa: F401
 import os
 import sys
 import threading
@@ -89,6 +93,7 @@ def become(uid: int) -> None:
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
     os.environ["HOME"] = str(home)
+    ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE, as after an exec by that user
 
 
 if __name__ == "__main__":

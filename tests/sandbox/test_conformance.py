@@ -46,7 +46,7 @@ def test_a_command_that_takes_too_long_is_killed_with_its_descendants(sandbox):
     result = sandbox.exec("(sleep 300 & sleep 300); sleep 300", timeout=0.5)
     assert (result.code, result.timed_out) == (None, True)
     assert time.monotonic() - started < 20
-    assert sandbox.exec("pgrep -c sleep").output.strip() == "0"
+    assert sandbox.exec("pgrep -fc '[s]leep 300'").output.strip() == "0"
 
 
 def test_long_output_keeps_head_and_tail(sandbox):
@@ -149,28 +149,29 @@ def test_reset_goes_back_to_the_image(backend):
     assert sandbox.exec("cat /made /tmp/t; pwd").output == "x\ny\n/work/here\n"
     sandbox.reset()
     assert not shell.alive
-    result = sandbox.exec("ls /made /tmp/t /usr/lib/new; cat /etc/hosts; pgrep -c sleep; pwd", merge=False)
+    result = sandbox.exec("ls /made /tmp/t /usr/lib/new; cat /etc/hosts; pgrep -fc '[s]leep 300'; pwd", merge=False)
     assert "localhost" in result.output
     assert result.output.endswith("0\n/work/here\n")
 
 
 def test_snapshot_and_fork_copy_the_files(backend):
     first = backend.open()
-    first.exec("echo one >/made; rm -r /usr/lib/git-core /etc/group; mkdir /etc/group; touch /etc/group/g; ln -s x /l")
+    first.exec("echo one >/made; rm -r /usr/lib/git-core /etc/nsswitch.conf; ln -s x /l")
+    first.exec("mkdir /etc/nsswitch.conf; touch /etc/nsswitch.conf/g")
     image = first.snapshot()
     second = first.fork()
     try:
         first.exec("echo two >/made")
-        seen = "cat /made; ls /usr/lib/git-core /etc/group; readlink /l"
+        seen = "cat /made; ls /usr/lib/git-core /etc/nsswitch.conf; readlink /l"
         for each in (second, backend.open(image)):
             result = each.exec(seen, merge=False)
-            assert result.output == "one\n/etc/group:\ng\nx\n"
+            assert result.output == "one\n/etc/nsswitch.conf:\ng\nx\n"
         second.exec("echo three >/made")
         assert first.exec("cat /made").output == "two\n"
         second.reset()
         assert second.exec("cat /made").output == "one\n"
         third = backend.open(second.snapshot())
-        assert third.exec(seen, merge=False).output == "one\n/etc/group:\ng\nx\n"
+        assert third.exec(seen, merge=False).output == "one\n/etc/nsswitch.conf:\ng\nx\n"
         third.close()
     finally:
         second.close()
@@ -307,7 +308,7 @@ def test_images_are_tars_and_folders_too(backend):
 
 
 def test_an_image_that_is_not_there_is_named(backend):
-    with pytest.raises(SandboxError, match="no-such-image:1"):
+    with pytest.raises(SandboxError, match=r"no-such-image:1"):
         backend.open("no-such-image:1")
 
 
@@ -321,6 +322,16 @@ def test_host_is_an_image_where_it_can_be(backend):
         sandbox.exec("python3 -c 'print(6 * 7)'; echo x >/root/x && echo x >/tmp/y && cat /root/x").output == "42\nx\n"
     )
     assert not sandbox.exec("touch /usr/bin/x").ok
+
+
+def test_auto_takes_what_works_and_says_why_not(home, backend_of, monkeypatch):
+    backend_of("unshare")
+    limits = "enforce" if os.getuid() == 0 else "best_effort"
+    with open_sandbox(SandboxSpec("base", limits=limits)) as sandbox:
+        assert sandbox.backend in ("bwrap", "unshare")
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere")
+    with pytest.raises(SandboxError, match=r"no-such-image:1.*docker cannot be asked.*set DOCKER_HOST"):
+        open_sandbox(SandboxSpec("no-such-image:1", limits=limits))
 
 
 @pytest.mark.parametrize("wrong", [{"memory": 10}, {"cpus": 0}, {"network": "all"}, {"image": ""}, {"workdir": "x"}])
@@ -368,8 +379,9 @@ def test_after_kill_9_the_next_start_leaves_nothing(backend):
     """Its own run's only: what another run's killed process left stays for that run."""
     if backend.name == "bwrap-user" and os.getuid() == 0:
         pytest.skip("shown with root's rights; the code is the same")
+    killed, other = f"killed-{backend.name}", f"other-{backend.name}"
     left = {}
-    for run in ("killed", "other"):
+    for run in (killed, other):
         limits = "enforce" if backend.enforces else "best_effort"
         words = [sys.executable, "-c", KILLED, backend.name.removesuffix("-user"), run, limits]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -377,14 +389,14 @@ def test_after_kill_9_the_next_start_leaves_nothing(backend):
             assert process.stdout is not None
             left[run] = json.loads(process.stdout.readline())
             process.send_signal(signal.SIGKILL)
-    assert traces(left["killed"])
-    alive = backend.open(run="killed")  # the first start of this run in this process
-    assert traces(left["killed"]) == []
-    assert traces(left["other"])
+    assert traces(left[killed])
+    alive = backend.open(run=killed)  # the first start of this run in this process
+    assert traces(left[killed]) == []
+    assert traces(left[other])
     assert alive.exec("true").ok
-    removed = backend.package.reconcile("other")
+    removed = backend.package.reconcile(other)
     assert len(removed) == 3
-    assert traces(left["other"]) == []
+    assert traces(left[other]) == []
     assert [line for line in processes() if "sleep 98765" in line] == []
 
 
@@ -406,6 +418,6 @@ def traces(ids: list[str]) -> list[str]:
     if os.environ.get("DOCKER_HOST"):
         import docker
 
-        names = [each.name for each in docker.from_env().containers.list(all=True)]
+        names = [str(each.name) for each in docker.from_env().containers.list(all=True)]
         found += [name for name in names if any(id in name for id in ids)]
     return found

@@ -121,7 +121,8 @@ class Answering:
                 else:
                     assembler.add_events(piece)
                     yield surface.shown(piece)
-            yield surface.last_event
+            if surface.last_event:
+                yield surface.last_event
         except (asyncio.CancelledError, GeneratorExit):
             run.left = assembler.message()
             raise

@@ -17,16 +17,49 @@ from clawrl.errors import GatewayError
 ROLES = ("system", "developer", "user", "assistant", "tool")
 DEEPEST = 64
 """Levels of nesting; far beyond any schema of a tool, far below where parsers break."""
+BIG, BIG_AT_ONCE = 2**20, 16
+"""Bytes from which a body counts as big, and how many such are held at a time."""
 BODY_S = 60.0
 """A body must have arrived by then."""
 
 
-async def read_json(request: Request, max_mib: int) -> dict[str, Any]:
+class Scales:
+    """Bounds how many big bodies are in this process at a time; the others stay unread until it is their turn."""
+
+    def __init__(self, big: int = BIG, at_once: int = BIG_AT_ONCE) -> None:
+        self._big, self._free = big, asyncio.Semaphore(at_once)
+
+    def weigh(self) -> Weight:
+        """Of one body; enter it before the body is read, leave it when nobody needs the body any more."""
+        return Weight(self._big, self._free)
+
+
+class Weight:
+    """What one body weighs so far."""
+
+    def __init__(self, big: int, free: asyncio.Semaphore) -> None:
+        self._big, self._free, self._holds = big, free, False
+
+    async def __aenter__(self) -> Weight:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._holds:
+            self._free.release()
+
+    async def grow(self, size: int) -> None:
+        """Go on once there is room for a body of this size."""
+        if size > self._big and not self._holds:
+            await self._free.acquire()
+            self._holds = True
+
+
+async def read_json(request: Request, max_mib: int, weight: Weight | None = None) -> dict[str, Any]:
     """The request's JSON object. Raises GatewayError for a wrong content type, size, or anything but an object."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
         raise GatewayError(f"content type {kind or '(none)'!r} is not served; send application/json", status=415)
-    raw = await _read(request, max_mib)
+    raw = await _read(request, max_mib, weight or Scales().weigh())
     try:
         body = json.loads(raw, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
@@ -38,18 +71,20 @@ async def read_json(request: Request, max_mib: int) -> dict[str, Any]:
     return body
 
 
-async def _read(request: Request, max_mib: int) -> bytearray:
+async def _read(request: Request, max_mib: int, weight: Weight) -> bytearray:
     limit, raw = max_mib * 2**20, bytearray()
     too_large = GatewayError(f"the body is larger than {max_mib} MiB; send less history", status=413)
     length = request.headers.get("content-length") or "0"
     if length.isdecimal() and int(length) > limit:
         raise too_large
+    await weight.grow(int(length) if length.isdecimal() else 0)
     try:
         async with asyncio.timeout(BODY_S):
             async for part in request.stream():  # a chunked one does not say its length
                 raw += part
                 if len(raw) > limit:
                     raise too_large
+                await weight.grow(len(raw))
     except TimeoutError:
         raise GatewayError(f"the body did not arrive within {BODY_S:g} s; send it at once", status=408) from None
     return raw
@@ -125,6 +160,8 @@ def validate_common(body: dict[str, Any], settings: PolicySection, limits: tuple
         raise GatewayError(f"temperature={temperature!r} is outside 0 to 2", param="temperature")
     if body.get("stream") not in (None, True, False):
         raise GatewayError(f"stream={body['stream']!r} is neither true nor false", param="stream")
+    if body.get("use_beam_search"):
+        raise GatewayError("beam search is not served: its tokens were not sampled", param="use_beam_search")
     for key in ("stream_options", "chat_template_kwargs"):
         if body.get(key) is not None and not isinstance(body[key], dict):
             raise GatewayError(f"{key} is no object", param=key)

@@ -44,10 +44,12 @@ class Recorder:
     _spans: tuple[VersionSpan, ...] = ()
 
     def add(self, output: Any) -> None:
-        """Take one vLLM RequestOutput (delta kind) of a single completion."""
+        """Take one vLLM RequestOutput (delta kind); of several choices the first."""
         if not self.prompt_ids and output.prompt_token_ids is not None:
             self.prompt_ids = list(output.prompt_token_ids)
-        completion = output.outputs[0]
+        completion = next((each for each in output.outputs if not each.index), None)
+        if completion is None:
+            return
         self.completion_ids.extend(completion.token_ids)
         if completion.finish_reason is not None:
             self.finish_reason = completion.finish_reason
@@ -105,6 +107,8 @@ class ReplyAssembler:
     def add_chunk(self, chunk: dict[str, Any]) -> None:
         self.id = chunk.get("id") or self.id
         for choice in chunk.get("choices", ()):
+            if choice.get("index"):
+                continue
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
             delta = choice["delta"]
             self._content.append(delta.get("content") or "")

@@ -93,7 +93,7 @@ class Engine:
         slice and merge them for each output: more work than all else it does with a token in this process.
         """
         recorder, shown = self._captured.get(request.external_req_id, (None, False))
-        if recorder is None:
+        if recorder is None or index:  # of several choices the first is captured
             self._register(request, prompt, parent, index, queue)
             return
         self._register(request, prompt, parent, index, ChunkQueue(queue, self._chunk_interval))

@@ -13,6 +13,7 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -22,17 +23,19 @@ from starlette.exceptions import HTTPException
 from clawrl.config import GatewaySection, PolicySection, PrivacySection
 from clawrl.errors import ConfigError, GatewayError
 from clawrl.observe import metric
-from clawrl.serving import feedback, replay
+from clawrl.serving import feedback, openapi, replay
 from clawrl.serving.admin import Acts, act, require_local
 from clawrl.serving.answering import Answering, Asked
-from clawrl.serving.bodies import read_json
-from clawrl.serving.keys import Key, KeyRing, admit
+from clawrl.serving.bodies import Scales, read_json
+from clawrl.serving.keys import LOCAL_USER, Key, KeyRing, admit
 from clawrl.serving.listener import ClientGone, InTurn, Listener
 from clawrl.serving.local import why_not_local
+from clawrl.serving.openapi import described
 from clawrl.serving.placing import Placing
+from clawrl.serving.responses import Responses, items_before
 from clawrl.serving.sessions import Identity, identify, request_digest
 from clawrl.serving.streams import EVENT_STREAM, NO_CACHE, refusal
-from clawrl.serving.surfaces import DONE, Chat, Surface
+from clawrl.serving.surfaces import DONE, Chat, Completions, Surface
 from clawrl.types import Turn
 
 log = logging.getLogger(__name__)
@@ -64,6 +67,7 @@ class Gateway:
         self._status, self._admin, self._keys = status, admin, keys
         self._placing = Placing(journal, privacy)
         self._answering = Answering(settings, policy_settings, policy.options(stream=True), self._placing)
+        self._scales = Scales()
         self._app = self._routes()
         self._listener = Listener(self._app, settings.host, settings.port)
 
@@ -85,13 +89,16 @@ class Gateway:
     def _routes(self) -> Any:
         api = FastAPI(title="clawrl", docs_url=None, redoc_url=None)
         api.add_exception_handler(HTTPException, _no_route)
-        api.get("/healthz")(self.healthz)
-        api.get("/status")(self.status)
-        api.get("/v1/models")(self.models)
-        api.post(Chat.path)(self.chat_completions)
-        api.post("/v1/feedback")(self.feedback)
-        api.post("/v1/sessions/{session}/done")(self.end_session)
-        api.post("/admin/{name}")(self.administer)
+        api.get("/healthz", **described())(self.healthz)
+        api.get("/status", **described())(self.status)
+        api.get("/v1/models", **described(openapi.MODELS))(self.models)
+        api.post(Chat.path, **openapi.reply(openapi.CHAT))(self.chat_completions)
+        api.post(Completions.path, **openapi.reply(openapi.COMPLETION))(self.completions)
+        api.post(Responses.path, **openapi.reply(openapi.RESPONSE))(self.responses)
+        api.post("/v1/embeddings", **described())(self.embeddings)
+        api.post("/v1/feedback", **described(openapi.STORED, body=openapi.FEEDBACK))(self.feedback)
+        api.post("/v1/sessions/{session}/done", **described(openapi.ENDED))(self.end_session)
+        api.post("/admin/{name}", **described(body=openapi.ACT))(self.administer)
         return InTurn(api)
 
     async def healthz(self) -> Response:
@@ -150,6 +157,16 @@ class Gateway:
     async def chat_completions(self, request: Request) -> Response:
         return await self._guarded(request, lambda: self._serve(request, Chat()))
 
+    async def completions(self, request: Request) -> Response:
+        return await self._guarded(request, lambda: self._serve(request, Completions()))
+
+    async def responses(self, request: Request) -> Response:
+        return await self._guarded(request, lambda: self._serve(request, Responses()))
+
+    async def embeddings(self, request: Request) -> Response:
+        message = "embeddings are not served here; point the client's embedding model at a server that has one"
+        return await self._guarded(request, lambda: _raise(GatewayError(message, status=404, code="not_served")))
+
     async def feedback(self, request: Request) -> Response:
         """What a user says of a turn: `turn` or `response_id`, or `session` for its last; `score`, `text` or both."""
         return await self._guarded(request, lambda: self._take_feedback(request))
@@ -197,16 +214,44 @@ class Gateway:
     async def _serve(self, request: Request, surface: Surface) -> Response:
         arrived = time.time()
         key = self._admit(request)
-        body = await read_json(request, self._settings.max_body_mib)
+        async with self._scales.weigh() as weight:
+            body = await read_json(request, self._settings.max_body_mib, weight)
+            return await self._serve_body(request, surface, body, key, arrived)
+
+    async def _serve_body(
+        self, request: Request, surface: Surface, body: dict[str, Any], key: Key | None, arrived: float
+    ) -> Response:
+        user = None if key is None else key.user
+        if surface.path == Responses.path and body.get("previous_response_id") is not None:
+            await self._resolve(body, user)
         chat = surface.read(body, self._policy_settings)
-        identity = identify(request.headers, chat, None if key is None else key.user)
+        identity = identify(request.headers, chat, user)
+        if surface.path == Completions.path:
+            identity = replace(identity, kind="side", reason="a text goes on: nobody was asked")
         await self._placing.require_own(identity)
         earlier = await self._earlier(chat, identity)
-        if earlier is not None:
+        if earlier is not None and surface.path == Chat.path:
             return self._replayed(earlier, bool(body.get("stream")), body.get("stream_options") or {})
+        if earlier is not None:
+            identity = replace(identity, kind="side", key=None, reason=f"sent again: {earlier.id} answered it")
         who = identity.user if key is None else key.id
         asked = Asked(surface, body, chat, identity, who, arrived, uuid.uuid4().hex)
         return await self._answering.answer(asked, request)
+
+    async def _resolve(self, body: dict[str, Any], user: str | None) -> None:
+        """Put the conversation that `previous_response_id` names before the input. Raises GatewayError 404."""
+        id = body.pop("previous_response_id")
+        turn = await self._journal.turn.remote(id) if isinstance(id, str) and "\x00" not in id else None
+        whose = user or str(body.get("user") or LOCAL_USER)
+        if turn is None or turn.user != whose or not len(turn.capture.prompt_ids):
+            raise GatewayError(
+                f"there is no response {id!r} of yours; send the whole conversation as input",
+                status=404,
+                param="previous_response_id",
+            )
+        given = body.get("input")
+        items = given if isinstance(given, list) else [{"type": "message", "role": "user", "content": given}]
+        body["input"] = [*items_before(turn), *items]
 
     # -- a request sent twice ------------------------------------------------------------------------------------------
 
@@ -243,6 +288,10 @@ class Gateway:
             return JSONResponse(replay.completion(turn, model))
         events = [*replay.events(turn, model, usage=bool(options.get("include_usage"))), DONE]
         return StreamingResponse(iter(events), media_type=EVENT_STREAM, headers=NO_CACHE)
+
+
+async def _raise(error: GatewayError) -> Response:
+    raise error
 
 
 def _peer(request: Request) -> str | None:

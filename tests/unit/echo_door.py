@@ -20,6 +20,7 @@ from clawrl.journal.store import JournalReader
 from clawrl.serving.capture import Finished
 from clawrl.serving.gateway import Gateway
 from clawrl.serving.keys import KeyRing
+from clawrl.serving.normalisers import content_text
 from clawrl.types import Capture, VersionSpan
 
 
@@ -51,26 +52,45 @@ class Echo:
         return {"replica": "echo", "version": 0, "streams": 0}
 
     def chat(self, body: dict[str, Any], request: str) -> "Pieces":
+        said, id = self._says(content_text(body["messages"][-1].get("content"))), f"chatcmpl-{request}"
+        if not body.get("stream"):
+            choice = {"message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
+            return Pieces(
+                said, [json.dumps({"id": id, "object": "chat.completion", "model": "m", "choices": [choice]})]
+            )
+        deltas = [{"delta": {"content": letter}, "finish_reason": None} for letter in said]
+        chunks = [{"id": id, "choices": [each]} for each in [*deltas, {"delta": {}, "finish_reason": "stop"}]]
+        return Pieces(said, [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks])
+
+    def complete(self, body: dict[str, Any], request: str) -> "Pieces":
+        said = self._says(str(body["prompt"]))
+        choice = {"index": 0, "text": said, "finish_reason": "stop"}
+        answer = json.dumps({"id": f"cmpl-{request}", "object": "text_completion", "model": "m", "choices": [choice]})
+        return Pieces(said, [f"data: {answer}\n\n" if body.get("stream") else answer])
+
+    def respond(self, body: dict[str, Any], request: str) -> "Pieces":
+        given = body["input"]
+        said = self._says(given if isinstance(given, str) else str(given[-1].get("content")))
+        item = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": said}]}
+        answer = {"id": f"resp_{request}", "object": "response", "model": "m", "status": "completed", "output": [item]}
+        event = json.dumps({"type": "response.completed", "response": answer})
+        streamed = f"event: response.completed\ndata: {event}\n\n"
+        return Pieces(said, [streamed if body.get("stream") else json.dumps(answer)])
+
+    def _says(self, heard: str) -> str:
         self._answered += 1
-        return Pieces(f"chatcmpl-{request}", f"{self._answered}: {body['messages'][-1]['content']}", body)
+        return f"{self._answered}: {heard}"
 
 
 class Pieces:
     """What streams from a policy replica."""
 
-    def __init__(self, id: str, said: str, body: dict[str, Any]) -> None:
-        tokens = np.frombuffer(said.encode(), np.uint8).astype(np.int32)
+    def __init__(self, said: str, pieces: list[str]) -> None:
+        tokens = np.frombuffer(said.encode("utf-8", "replace"), np.uint8).astype(np.int32)
         capture = Capture(
             tokens, tokens, tokens * np.float32(-0.5), tokens[:, None], tokens[:, None] * np.float32(-0.5),
             (VersionSpan(0, 0, len(tokens)),),
         )  # fmt: skip
-        if body.get("stream"):
-            deltas = [{"delta": {"content": letter}, "finish_reason": None} for letter in said]
-            chunks = [{"id": id, "choices": [each]} for each in [*deltas, {"delta": {}, "finish_reason": "stop"}]]
-            pieces = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
-        else:
-            choice = {"message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
-            pieces = [json.dumps({"id": id, "choices": [choice]})]
         self._left = iter([*pieces, Finished(capture, 0)])
 
     def __aiter__(self) -> "Pieces":

@@ -1,0 +1,171 @@
+"""Tasks in folders: Harbor's layout as it is, and Terminal-Bench 1's; both become a TerminalTask.
+
+    Harbor            task.toml  instruction.md  environment/Dockerfile  tests/test.sh  solution/solve.sh
+    Terminal-Bench 1  task.yaml  Dockerfile      run-tests.sh  tests/    solution.sh | solution.yaml
+
+Knows the two layouts. Ignores sandboxes. What a folder lacks is told by name.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clawrl.errors import EnvError
+from envs.terminal.task import MIB, TerminalTask
+
+_UNITS = {"": MIB, "K": 1 << 10, "M": MIB, "G": 1 << 30, "T": 1 << 40}
+
+
+def read_tasks(folder: Path) -> list[TerminalTask]:
+    """The tasks of a folder: itself, or every task folder in it, by name. Raises EnvError if there is none."""
+    if not folder.is_dir():
+        raise EnvError(f"terminal: {folder} is no folder; give one with task folders (task.toml or task.yaml)")
+    if _is_task(folder):
+        return [read_task(folder)]
+    tasks = [read_task(each) for each in sorted(folder.iterdir()) if each.is_dir() and _is_task(each)]
+    if not tasks:
+        raise EnvError(f"terminal: {folder} holds no task; a task is a folder with a task.toml or a task.yaml")
+    return tasks
+
+
+def read_task(folder: Path) -> TerminalTask:
+    """One task folder. Raises EnvError naming what is missing or wrong."""
+    if (folder / "task.toml").is_file():
+        return _harbor(folder)
+    if (folder / "task.yaml").is_file():
+        return _terminal_bench(folder)
+    raise EnvError(f"{folder} is no task: it has neither task.toml (Harbor) nor task.yaml (Terminal-Bench 1)")
+
+
+def _is_task(folder: Path) -> bool:
+    return (folder / "task.toml").is_file() or (folder / "task.yaml").is_file()
+
+
+def _harbor(folder: Path) -> TerminalTask:
+    try:
+        told = tomllib.loads((folder / "task.toml").read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise EnvError(f"{folder / 'task.toml'} is not valid TOML: {error}") from error
+    world, verifier = (_table(told, folder, name) for name in ("environment", "verifier"))
+    dockerfile = folder / "environment" / "Dockerfile"
+    image = world.get("docker_image") or str(_there(dockerfile).parent)
+    _there(folder / "tests" / "test.sh")
+    return TerminalTask(
+        id=f"{folder.name}",
+        instruction=_text(folder / "instruction.md").strip(),
+        image=image,
+        workdir=_workdir(dockerfile),
+        tests=_files(folder / "tests", "tests"),
+        solution="bash /solution/solve.sh" if (folder / "solution" / "solve.sh").is_file() else "",
+        solution_files=_files(folder / "solution", "solution"),
+        env=_strings(world.get("env"), folder),
+        verify_env=_strings(verifier.get("env"), folder),
+        memory=_size(world, "memory", 2048 * MIB, folder),
+        disk=_size(world, "storage", 10240 * MIB, folder),
+        cpus=_number(world, "cpus", 1.0, folder),
+        verify_timeout=_number(verifier, "timeout_sec", 600.0, folder),
+        difficulty=str(_table(told, folder, "metadata").get("difficulty", "unknown")),
+    )
+
+
+def _terminal_bench(folder: Path) -> TerminalTask:
+    try:
+        told = yaml.safe_load(_text(folder / "task.yaml"))
+    except yaml.YAMLError as error:
+        raise EnvError(f"{folder / 'task.yaml'} is not valid YAML: {error}") from error
+    if not isinstance(told, dict) or not isinstance(told.get("instruction"), str):
+        raise EnvError(f"{folder / 'task.yaml'} has no instruction; add `instruction: |` and the text")
+    if (parser := told.get("parser_name", "pytest")) != "pytest":
+        raise EnvError(f"{folder / 'task.yaml'}: parser_name {parser!r} is not supported; only pytest is")
+    _there(folder / "Dockerfile")
+    tests = {"tests/run-tests.sh": _there(folder / "run-tests.sh"), **_files(folder / "tests", "tests")}
+    return TerminalTask(
+        id=f"{folder.name}",
+        instruction=told["instruction"].strip(),
+        image=str(folder),
+        workdir=_workdir(folder / "Dockerfile"),
+        tests=tests,
+        verify="bash /tests/run-tests.sh",
+        verdict="pytest",
+        solution=_old_solution(folder),
+        verify_env={"TEST_DIR": "/tests"},
+        verify_timeout=_number(told, "max_test_timeout_sec", 60.0, folder),
+        difficulty=str(told.get("difficulty", "unknown")),
+    )
+
+
+def _old_solution(folder: Path) -> str:
+    """solution.sh as it is, or the commands of a solution.yaml one below the other."""
+    if (folder / "solution.sh").is_file():
+        return _text(folder / "solution.sh")
+    if (folder / "solution.yaml").is_file():
+        told = yaml.safe_load(_text(folder / "solution.yaml")) or []
+        return "\n".join(str(each["command"]) for each in told if isinstance(each, dict) and "command" in each)
+    return ""
+
+
+def _workdir(dockerfile: Path) -> str | None:
+    """The last absolute WORKDIR of a Dockerfile; the image's own (None) if it names none."""
+    if not dockerfile.is_file():
+        return None
+    found = re.findall(r"^\s*WORKDIR\s+(.+?)\s*$", _text(dockerfile), re.MULTILINE | re.IGNORECASE)
+    last = (shlex.split(found[-1]) or [""])[0] if found else ""
+    return last if last.startswith("/") and "$" not in last else None
+
+
+def _files(folder: Path, at: str) -> dict[str, bytes | Path]:
+    return {f"{at}/{path.relative_to(folder)}": path for path in _walk(folder)}
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink())
+
+
+def _there(path: Path) -> Path:
+    if not path.is_file():
+        raise EnvError(f"task folder {path.parent} lacks {path.name}")
+    return path
+
+
+def _text(path: Path) -> str:
+    try:
+        return _there(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise EnvError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def _table(told: Mapping[str, Any], folder: Path, name: str) -> Mapping[str, Any]:
+    value = told.get(name, {})
+    if not isinstance(value, dict):
+        raise EnvError(f"{folder / 'task.toml'}: {name} = {value!r} must be a table")
+    return value
+
+
+def _strings(value: Any, folder: Path) -> dict[str, str]:
+    if not isinstance(value or {}, dict):
+        raise EnvError(f"{folder}: env = {value!r} must be a table of strings")
+    return {str(key): str(each) for key, each in (value or {}).items()}
+
+
+def _number(told: Mapping[str, Any], name: str, default: float, folder: Path) -> float:
+    value = told.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise EnvError(f"{folder}: {name} = {value!r} must be a number above 0")
+    return float(value)
+
+
+def _size(told: Mapping[str, Any], name: str, default: int, folder: Path) -> int:
+    """`memory_mb = 2048`, or the older `memory = "2G"`."""
+    if f"{name}_mb" in told:
+        return int(_number(told, f"{name}_mb", 1.0, folder) * MIB)
+    match = re.fullmatch(r"(\d+)\s*([KMGT]?)i?B?", str(told.get(name, "")).strip(), re.IGNORECASE)
+    if name in told and match is None:
+        raise EnvError(f'{folder}: {name} = {told[name]!r} is no size; write "2G" or {name}_mb = 2048')
+    return int(match[1]) * _UNITS[match[2].upper()] if match else default

@@ -165,7 +165,9 @@ class LearningSection(Section):
     hint_rule: Literal["sequence", "token", "shortest", "longest", "random"] = "sequence"
     max_hints: int = Field(default=3, ge=1)
     importance_cap: float = Field(default=2.0, gt=0, description="Truncation of train/inference importance weights.")
-    normalise: Literal["sample", "token"] = "sample"
+    policy_loss: Literal["ppo", "gspo", "cispo"] = Field(default="ppo", description="Form of the policy-gradient term.")
+    normalise: Literal["sample", "token", "constant"] = "sample"
+    normalise_length: int = Field(default=512, ge=1, description="Tokens that every reply is divided by if constant.")
 
 
 class BufferSection(Section):

@@ -7,7 +7,7 @@ import gymnasium
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from clawrl.rollout.env import SPLITS, split_of
+from clawrl.rollout.env import SPLITS, Split, split_of
 from envs.toolcall.env import BROKEN, ToolCallEnv
 from envs.toolcall.stock import run_tool
 
@@ -51,7 +51,8 @@ def test_the_gold_solution_solves_and_silence_does_not(number, split):
 
 
 def test_the_same_number_is_the_same_task_and_splits_share_no_words():
-    env, words = ToolCallEnv(), {split: set[str]() for split in SPLITS}
+    env = ToolCallEnv()
+    words: dict[Split, set[str]] = {split: set() for split in SPLITS}
     for split, seen in words.items():
         for number in range(200):
             first = env.make_task(number, split)

@@ -73,7 +73,7 @@ class Engine:
             shown = sampling_params.logprobs is not None
             self._captured[request_id] = recorder, shown
             sampling_params.logprobs = max(sampling_params.logprobs or 0, self._support)
-            # A stop string is found outside the engine, which then sends nothing more: no last message for what is kept.
+            # A stop string is found outside the engine, which then sends no last message with what was kept.
             kept = not shown and not sampling_params.stop
             sampling_params.extra_args = {**(sampling_params.extra_args or {}), KEEP_BACK: kept}
         prompt["cache_salt"] = f"{self._salt}{prompt.get('cache_salt') or ''}"

@@ -185,7 +185,7 @@ class TerminalEnv(AgentEnv[TerminalTask]):
         shell = self._living_shell()
         if text:
             shell.send(text)
-        return shell.read(seconds) or "[nothing new on the terminal]"
+        return shell.read(seconds).strip("\n") or "[nothing new on the terminal]"
 
     def _write(self, path: str, content: str) -> str:
         task = self._task()

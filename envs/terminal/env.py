@@ -129,7 +129,7 @@ class TerminalEnv(AgentEnv[TerminalTask]):
         done = sandbox.exec(task.verify, task.verify_timeout, task.verify_env, cwd=task.workdir)
         if done.timed_out:
             raise EnvError(
-                f"task {task.id}: its tests took longer than {task.verify_timeout:.0f} s; "
+                f"task {task.id}: its tests took longer than {task.verify_timeout:g} s; "
                 "correct the tests, or give them more time (timeout_sec)"
             )
         if task.verdict == "pytest":

@@ -238,7 +238,7 @@ def test_a_reward_that_the_agent_wrote_does_not_count(opened):
 @pytest.mark.parametrize(
     ("tests", "limit", "expected"),
     [
-        ("sleep 100", 0.5, r"a-task: its tests took longer than 0 s; correct the tests, or give them more time"),
+        ("sleep 100", 0.5, r"a-task: its tests took longer than 0\.5 s; correct the tests, or give them more time"),
         ("echo broken; exit 7", 20.0, r"left no .*exit status 7.*broken"),
         ("echo 5 > /logs/verifier/reward.txt", 20.0, r"reward 5.0; it must be from 0 to 1"),
         ("echo fine > /logs/verifier/reward.txt", 20.0, r"'fine\\n' as reward; write a number from 0 to 1"),

@@ -97,7 +97,7 @@ class LiveShell(Shell):
             if not self.busy:
                 self._move(len(self._window))
             screen, self._screen = self._screen, HeadTail(max_output)
-            return screen.text()
+            return re.sub(rf"\n{self._token}:\d+\n", "", screen.text())  # the prompt after keys that were commands
 
     def resize(self, rows: int, columns: int) -> None:
         if self._resize is None:

@@ -129,7 +129,7 @@ class TerminalEnv(AgentEnv[TerminalTask]):
         done = sandbox.exec(task.verify, task.verify_timeout, task.verify_env, cwd=task.workdir)
         if done.timed_out:
             raise EnvError(
-                f"task {task.id}: its tests took longer than {task.verify_timeout:.0f} s; "
+                f"task {task.id}: its tests took longer than {task.verify_timeout:g} s; "
                 "correct the tests, or give them more time (timeout_sec)"
             )
         if task.verdict == "pytest":
@@ -185,7 +185,7 @@ class TerminalEnv(AgentEnv[TerminalTask]):
         shell = self._living_shell()
         if text:
             shell.send(text)
-        return shell.read(seconds) or "[nothing new on the terminal]"
+        return shell.read(seconds).strip("\n") or "[nothing new on the terminal]"
 
     def _write(self, path: str, content: str) -> str:
         task = self._task()

@@ -49,11 +49,12 @@ def _is_task(folder: Path) -> bool:
 
 
 def _harbor(folder: Path) -> TerminalTask:
+    file = folder / "task.toml"
     try:
-        told = tomllib.loads((folder / "task.toml").read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise EnvError(f"{folder / 'task.toml'} is not valid TOML: {error}") from error
-    world, verifier, solution = (_table(told, folder, name) for name in ("environment", "verifier", "solution"))
+        told = tomllib.loads(_text(file))
+    except tomllib.TOMLDecodeError as error:
+        raise EnvError(f"{file} is not valid TOML: {error}") from error
+    world, verifier, solution = (_table(told, file, name) for name in ("environment", "verifier", "solution"))
     _refuse_what_is_not_done(folder, told, world)
     dockerfile = folder / "environment" / "Dockerfile"
     image = world.get("docker_image") or str(_there(dockerfile).parent)
@@ -64,15 +65,15 @@ def _harbor(folder: Path) -> TerminalTask:
         image=image,
         workdir=_workdir(dockerfile),
         tests=_files(folder / "tests", "tests"),
-        solution=_solution(folder, _strings(solution.get("env"), folder)),
+        solution=_solution(folder, _strings(solution.get("env"), file)),
         solution_files=_files(folder / "solution", "solution"),
-        env=_strings(world.get("env"), folder),
-        verify_env=_strings(verifier.get("env"), folder),
-        memory=_size(world, "memory", 2048 * MIB, folder),
-        disk=_size(world, "storage", 10240 * MIB, folder),
-        cpus=_number(world, "cpus", 1.0, folder),
-        verify_timeout=_number(verifier, "timeout_sec", 600.0, folder),
-        difficulty=str(_table(told, folder, "metadata").get("difficulty", "unknown")),
+        env=_strings(world.get("env"), file),
+        verify_env=_strings(verifier.get("env"), file),
+        memory=_size(world, "memory", 2048 * MIB, file),
+        disk=_size(world, "storage", 10240 * MIB, file),
+        cpus=_number(world, "cpus", 1.0, file),
+        verify_timeout=_number(verifier, "timeout_sec", 600.0, file),
+        difficulty=str(_table(told, file, "metadata").get("difficulty", "unknown")),
     )
 
 
@@ -112,7 +113,7 @@ def _terminal_bench(folder: Path) -> TerminalTask:
         verdict="pytest",
         solution=_old_solution(folder),
         verify_env={"TEST_DIR": "/tests"},
-        verify_timeout=_number(told, "max_test_timeout_sec", 60.0, folder),
+        verify_timeout=_number(told, "max_test_timeout_sec", 60.0, folder / "task.yaml"),
         difficulty=str(told.get("difficulty", "unknown")),
     )
 
@@ -166,35 +167,35 @@ def _text(path: Path) -> str:
         raise EnvError(f"{path} is not UTF-8 text: {error}") from error
 
 
-def _table(told: Mapping[str, Any], folder: Path, name: str) -> Mapping[str, Any]:
+def _table(told: Mapping[str, Any], file: Path, name: str) -> Mapping[str, Any]:
     value = told.get(name, {})
     if not isinstance(value, dict):
-        raise EnvError(f"{folder / 'task.toml'}: {name} = {value!r} must be a table")
+        raise EnvError(f"{file}: {name} = {value!r} must be a table")
     return value
 
 
-def _strings(value: Any, folder: Path) -> dict[str, str]:
+def _strings(value: Any, file: Path) -> dict[str, str]:
     if not isinstance(value or {}, dict):
-        raise EnvError(f"{folder}: env = {value!r} must be a table of strings")
+        raise EnvError(f"{file}: env = {value!r} must be a table of strings")
     found = {str(key): str(each) for key, each in (value or {}).items()}
     for key, text in found.items():
         if "${" in text:
-            raise EnvError(f"{folder}: env {key} = {text!r} asks for a variable of this machine; write its value instead")
+            raise EnvError(f"{file}: env {key} = {text!r} asks for a variable of this machine; write its value instead")
     return found
 
 
-def _number(told: Mapping[str, Any], name: str, default: float, folder: Path) -> float:
+def _number(told: Mapping[str, Any], name: str, default: float, file: Path) -> float:
     value = told.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise EnvError(f"{folder}: {name} = {value!r} must be a number above 0")
+        raise EnvError(f"{file}: {name} = {value!r} must be a number above 0")
     return float(value)
 
 
-def _size(told: Mapping[str, Any], name: str, default: int, folder: Path) -> int:
+def _size(told: Mapping[str, Any], name: str, default: int, file: Path) -> int:
     """`memory_mb = 2048`, or the older `memory = "2G"`."""
     if f"{name}_mb" in told:
-        return int(_number(told, f"{name}_mb", 1.0, folder) * MIB)
+        return int(_number(told, f"{name}_mb", 1.0, file) * MIB)
     match = re.fullmatch(r"(\d+)\s*([KMGT]?)i?B?", str(told.get(name, "")).strip(), re.IGNORECASE)
     if name in told and match is None:
-        raise EnvError(f'{folder}: {name} = {told[name]!r} is no size; write "2G" or {name}_mb = 2048')
+        raise EnvError(f'{file}: {name} = {told[name]!r} is no size; write "2G" or {name}_mb = 2048')
     return int(match[1]) * _UNITS[match[2].upper()] if match else default

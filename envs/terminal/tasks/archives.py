@@ -17,7 +17,8 @@ def pack(rng: random.Random) -> Made:
     junk = {f"{name}/{word}.o": "junk" for word in words[:2]}
     listed = lines_of(sorted(files)).strip()
     return Made(
-        f"Pack the folder /work/{name} into /work/{name}.tar.gz (names in it begin with {name}/), without its .o files.",
+        f"Pack the folder /work/{name} into /work/{name}.tar.gz (names in it begin with {name}/), without "
+        "its .o files.",
         f"tar czf {name}.tar.gz --exclude='*.o' {name}",
         files={**files, **junk},
         goals=[f"[ \"$(tar tzf {name}.tar.gz | grep -v '/$' | LC_ALL=C sort)\" = '{listed}' ]"],
@@ -65,7 +66,8 @@ def wrong_checksum(rng: random.Random) -> Made:
     return Made(
         "/work/files has files and their SHA256SUMS. Write the names of the files whose checksum is wrong, sorted, one "
         "a line, to /work/broken.txt.",
-        "(cd files; sha256sum -c SHA256SUMS 2>/dev/null || true) | grep FAILED | cut -d: -f1 | LC_ALL=C sort > broken.txt",
+        "(cd files; sha256sum -c SHA256SUMS 2>/dev/null || true) | grep FAILED | cut -d: -f1 | LC_ALL=C sort "
+        "> broken.txt",
         files={
             **{f"files/{name}": text + "!" * (name in broken) for name, text in texts.items()},
             "files/SHA256SUMS": lines_of(sums),

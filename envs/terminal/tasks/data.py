@@ -100,9 +100,10 @@ def sqlite_query(rng: random.Random) -> Made:
     )
     return Made(
         f"The SQLite database /work/shop.db has a table customers(name, city, spent). Who of {city} spent the most (of "
-        "several, the last by name)? Write the name to /work/best.txt. There is no sqlite3 program; Python has a module.",
-        "python3 -c \"import sqlite3; print(sqlite3.connect('shop.db').execute(\\\"select name from customers where city "
-        f"= '{city}' order by spent desc, name desc\\\").fetchone()[0])\" > best.txt",
+        "several, the last by name)? Write the name to /work/best.txt. There is no sqlite3 program; Python has a "
+        "module.",
+        "python3 -c \"import sqlite3; print(sqlite3.connect('shop.db').execute(\\\"select name from customers where "
+        f"city = '{city}' order by spent desc, name desc\\\").fetchone()[0])\" > best.txt",
         setup=f"python3 - <<'E'\n{script}E",
         expect={"best.txt": best[0]},
         difficulty="hard",
@@ -118,7 +119,8 @@ def repair_jsonl(rng: random.Random) -> Made:
         "Some lines of /work/events.jsonl are not valid JSON, some are there twice. Write the valid ones to "
         "/work/clean.jsonl, each once, as they are, sorted by their id as a number.",
         "python3 - > clean.jsonl <<'E'\nimport json\nk = {}\nfor l in open('events.jsonl'):\n    try:\n"
-        "        k[json.loads(l)['id']] = l\n    except ValueError:\n        pass\nfor i in sorted(k): print(k[i], end='')\nE",
+        "        k[json.loads(l)['id']] = l\n    except ValueError:\n        pass\nfor i in sorted(k): "
+        "print(k[i], end='')\nE",
         files={"events.jsonl": lines_of(lines)},
         expect={"clean.jsonl": lines_of(kept)},
         guards=[unchanged("events.jsonl", lines_of(lines))],

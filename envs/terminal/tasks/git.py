@@ -7,7 +7,10 @@ import random
 from envs.terminal.tasks.family import Made, lines_of
 from envs.terminal.tasks.words import PEOPLE, sentence, some
 
-ME = "git config --global user.name me; git config --global user.email me@example.org; git config --global init.defaultBranch main"
+ME = (
+    "git config --global user.name me; git config --global user.email me@example.org; "
+    "git config --global init.defaultBranch main"
+)
 AT = "export GIT_AUTHOR_DATE='2026-01-01T00:00:00Z' GIT_COMMITTER_DATE='2026-01-01T00:00:00Z'"
 IN = f"{ME}; {AT}; mkdir -p /work/repo; cd /work/repo"
 START = f"{IN}; git init -q"
@@ -15,15 +18,16 @@ START = f"{IN}; git init -q"
 
 def commit(rng: random.Random) -> Made:
     words = some(rng, 4)
-    message = sentence(rng, 3)
+    message, listed = sentence(rng, 3), "\n".join(sorted(f"{word}.txt" for word in words))
     return Made(
-        f"Make /work/repo a git repository and commit all its .txt files, and nothing else, with the message: {message}",
+        f"Make /work/repo a git repository and commit all its .txt files, and nothing else, with the message: "
+        f"{message}",
         f"cd repo\ngit init -q\ngit add '*.txt'\ngit commit -qm '{message}'",
         files={**{f"repo/{word}.txt": sentence(rng) for word in words}, "repo/secret.key": "key"},
         setup=IN,
         goals=[
             f"[ \"$(git -C repo log --format=%s)\" = '{message}' ]",
-            f"[ \"$(git -C repo ls-files | LC_ALL=C sort)\" = '{lines_of(sorted(f'{w}.txt' for w in words)).strip()}' ]",
+            f"[ \"$(git -C repo ls-files | LC_ALL=C sort)\" = '{listed}' ]",
         ],
     )
 
@@ -33,9 +37,10 @@ def restore(rng: random.Random) -> Made:
     text = sentence(rng)
     steps = "; ".join(f"echo {word} > {word}.txt; git add .; git commit -qm 'add {word}'" for word in others)
     return Made(
-        f"The file {lost}.txt of the git repository /work/repo was deleted in some commit. Bring it back with the content "
-        "it had before, and commit it.",
-        f"cd repo\ngit checkout -q $(git rev-list -1 HEAD -- {lost}.txt)^ -- {lost}.txt\ngit commit -qm 'restore {lost}'",
+        f"The file {lost}.txt of the git repository /work/repo was deleted in some commit. Bring it back with the "
+        "content it had before, and commit it.",
+        f"cd repo\ngit checkout -q $(git rev-list -1 HEAD -- {lost}.txt)^ -- {lost}.txt\n"
+        f"git commit -qm 'restore {lost}'",
         setup=f"{START}; echo '{text}' > {lost}.txt; git add .; git commit -qm first; git rm -q {lost}.txt; "
         f"git commit -qm 'clean up'; {steps}",
         goals=[f"[ \"$(git -C repo show HEAD:{lost}.txt)\" = '{text}' ]"],
@@ -47,8 +52,8 @@ def restore(rng: random.Random) -> Made:
 def merge(rng: random.Random) -> Made:
     name, branch, left, right, both = some(rng, 5)
     return Made(
-        f"In the git repository /work/repo merge the branch {branch} into main. {name}.txt conflicts: it must end up with "
-        f"the lines {both}, {left}, {right}, in this order.",
+        f"In the git repository /work/repo merge the branch {branch} into main. {name}.txt conflicts: it must end up "
+        f"with the lines {both}, {left}, {right}, in this order.",
         f"cd repo\ngit merge {branch} || true\nprintf '{both}\\n{left}\\n{right}\\n' > {name}.txt\ngit add .\n"
         "git commit -qm merged",
         setup=f"{START}; echo {both} > {name}.txt; git add .; git commit -qm first; git checkout -q -b {branch}; "

@@ -50,7 +50,7 @@ def answer_program(rng: random.Random) -> Made:
     from hashlib import sha256
 
     key = sha256(f"{word}/{code}/yes".encode()).digest()[:6]
-    sealed = bytes(a ^ b for a, b in zip(key, bytes.fromhex(token))).hex()
+    sealed = bytes(a ^ b for a, b in zip(key, bytes.fromhex(token), strict=True)).hex()
     return Made(
         f"Run `python3 /work/vault.py`. It asks questions and works in a terminal only. The word is {word}, the code "
         f"{code}, and it must be opened. Write the number that it then prints to /work/token.txt.",
@@ -65,8 +65,8 @@ def answer_program(rng: random.Random) -> Made:
 def wrapper(rng: random.Random) -> Made:
     key, value, name = some(rng, 3)
     return Made(
-        f"/work/tool.sh reads the environment variable {key.upper()}. Write an executable script /work/{name}.sh that runs "
-        f"it with {key.upper()}={value} and passes all its own arguments on, also those with spaces in them.",
+        f"/work/tool.sh reads the environment variable {key.upper()}. Write an executable script /work/{name}.sh that "
+        f"runs it with {key.upper()}={value} and passes all its own arguments on, also those with spaces in them.",
         f"printf '#!/bin/bash\\n{key.upper()}={value} exec /bin/bash /work/tool.sh \"$@\"\\n' > {name}.sh\n"
         f"chmod +x {name}.sh",
         files={"tool.sh": f'#!/bin/bash\nprintf "%s|" "${key.upper()}" "$@"\n'},

@@ -73,10 +73,10 @@ def write_filter(rng: random.Random) -> Made:
     given = f"{words[0]} a of {words[1]}\\nit {words[2]}\\n"
     wanted = " ".join(sorted({w for w in words if len(w) >= smallest}))
     return Made(
-        f"Write an executable script /work/{name}, in bash or Python. It reads text from standard input and prints every "
-        f"different word of at least {smallest} letters, sorted, one a line.",
-        f"cat > {name} <<'E'\n#!/bin/bash\ntr -s ' ' '\\n' | grep -E '^.{{{smallest},}}$' | LC_ALL=C sort -u || true\nE\n"
-        f"chmod +x {name}",
+        f"Write an executable script /work/{name}, in bash or Python. It reads text from standard input and prints "
+        f"every different word of at least {smallest} letters, sorted, one a line.",
+        f"cat > {name} <<'E'\n#!/bin/bash\ntr -s ' ' '\\n' | grep -E '^.{{{smallest},}}$' | LC_ALL=C sort -u || true\n"
+        f"E\nchmod +x {name}",
         goals=[f"[ -x {name} ] && [ \"$(printf '{given}' | ./{name} | xargs)\" = '{wanted}' ]"],
         difficulty="hard",
     )
@@ -87,8 +87,8 @@ def mend_makefile(rng: random.Random) -> Made:
     sources = {f"{part}.txt": f"{part}\n" for part in parts}
     text = f"{target}.txt: {' '.join(sources)}\n        cat {' '.join(list(sources)[:2])} > $@\n"
     return Made(
-        f"`make` in /work should join {', '.join(sources)}, in this order, into {target}.txt, but the Makefile is broken. "
-        f"Correct it, and build {target}.txt.",
+        f"`make` in /work should join {', '.join(sources)}, in this order, into {target}.txt, but the Makefile is "
+        f"broken. Correct it, and build {target}.txt.",
         f"printf '{target}.txt: {' '.join(sources)}\\n\\tcat $^ > $@\\n' > Makefile\nmake",
         files={**sources, "Makefile": text},
         expect={f"{target}.txt": "".join(sources.values())},

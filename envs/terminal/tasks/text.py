@@ -80,8 +80,8 @@ def cut_column(rng: random.Random) -> Made:
 
 def join_tables(rng: random.Random) -> Made:
     ids = rng.sample(range(100, 999), 10)
-    people = dict(zip(ids, rng.sample(PEOPLE, 10)))
-    orders = {number: word for number, word in zip(rng.sample(ids, 6), some(rng, 6))}
+    people = dict(zip(ids, rng.sample(PEOPLE, 10), strict=True))
+    orders = dict(zip(rng.sample(ids, 6), some(rng, 6), strict=True))
     joined = [f"{number} {people[number]} {orders[number]}" for number in sorted(orders)]
     return Made(
         "The lines of /work/people.txt are `id name`, those of /work/orders.txt are `id item`. For every id that is in "
@@ -151,7 +151,7 @@ def time_window(rng: random.Random) -> Made:
 
 def fill_template(rng: random.Random) -> Made:
     keys = [word.upper() for word in some(rng, 4)]
-    values = dict(zip(keys, some(rng, 4)))
+    values = dict(zip(keys, some(rng, 4), strict=True))
     lines = [f"{key.lower()} is {{{{{key}}}}} and {sentence(rng, 2)}" for key in rng.choices(keys, k=6)]
     filled = lines_of(lines)
     for key, value in values.items():

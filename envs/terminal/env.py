@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from clawrl.errors import EnvError, SandboxError
 from clawrl.rollout.env import SPLITS, AgentEnv, Answer, Call, Opening, Split, calls, split_of
@@ -28,7 +28,8 @@ MAX_WAIT_S = 60.0
 SETUP_S = 120.0
 
 
-def _tool(name: str, description: str, required: Sequence[str] = (), **properties: dict[str, Any]) -> Tool:
+def tool(name: str, description: str, required: Sequence[str] = (), **properties: dict[str, Any]) -> Tool:
+    """A tool of the terminal, as OpenAI's API describes one."""
     parameters = {
         "type": "object",
         "properties": properties,
@@ -39,7 +40,7 @@ def _tool(name: str, description: str, required: Sequence[str] = (), **propertie
 
 
 TOOLS: tuple[Tool, ...] = (
-    _tool(
+    tool(
         "run",
         "Run a shell command in your terminal and wait for its output. Directory and variables stay. A command that "
         f"takes longer than {RUN_S:.0f} s (or `seconds`) goes on; reach it with keys.",
@@ -47,7 +48,7 @@ TOOLS: tuple[Tool, ...] = (
         command={"type": "string"},
         seconds={"type": "number", "exclusiveMinimum": 0, "maximum": MAX_WAIT_S},
     ),
-    _tool(
+    tool(
         "keys",
         r"Type keys into the terminal as they are (\n is Enter, \u0003 is Ctrl-C, \u0004 is Ctrl-D, \u001b[A is up) "
         "and read what it shows within `seconds` (1).",
@@ -55,14 +56,14 @@ TOOLS: tuple[Tool, ...] = (
         text={"type": "string"},
         seconds={"type": "number", "minimum": 0, "maximum": MAX_WAIT_S},
     ),
-    _tool(
+    tool(
         "write",
         "Write a whole file; folders are made. A relative path starts at the task's folder.",
         ["path", "content"],
         path={"type": "string", "minLength": 1},
         content={"type": "string"},
     ),
-    _tool("submit", "Say that the task is done. The work is then tested, and the episode ends."),
+    tool("submit", "Say that the task is done. The work is then tested, and the episode ends."),
 )
 
 NO_CALL = 'error: nothing was done; call a tool, such as run {"command": "ls"}, or submit {} when the task is done'
@@ -72,6 +73,7 @@ class TerminalEnv(AgentEnv[TerminalTask]):
     """folder: task folders (Harbor, Terminal-Bench 1); None is the own families. backend and limits: the sandbox's."""
 
     name = "terminal"
+    offered: ClassVar[tuple[Tool, ...]] = TOOLS
 
     def __init__(
         self,
@@ -108,7 +110,7 @@ class TerminalEnv(AgentEnv[TerminalTask]):
             if not done.ok:
                 raise EnvError(f"task {task.id}: its set-up failed ({_end(done)}): {done.output[-300:]}")
         self._shell = sandbox.shell(pty=True, cwd=task.workdir)
-        return Opening(({"role": "user", "content": task.instruction},), TOOLS)
+        return Opening(({"role": "user", "content": task.instruction},), self.offered)
 
     def act(self, action: Message) -> Answer:
         made = calls(action, self.tools)

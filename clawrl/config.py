@@ -164,6 +164,11 @@ class LearningSection(Section):
     teacher_top: int = Field(default=20, ge=1, le=100, description="Teacher's tokens scored per position.")
     hint_rule: Literal["sequence", "token", "shortest", "longest", "random"] = "sequence"
     max_hints: int = Field(default=3, ge=1)
+    process_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="c: an environment's step is worth its outcome + c times the judge's mean vote (0: outcome alone).",
+    )
     importance_cap: float = Field(default=2.0, gt=0, description="Truncation of train/inference importance weights.")
     policy_loss: Literal["ppo", "gspo", "cispo"] = Field(default="ppo", description="Form of the policy-gradient term.")
     normalise: Literal["sample", "token", "constant"] = "sample"

@@ -138,11 +138,12 @@ class Comparison:
     outcomes: tuple[float, ...]  # of the attempts that have one
     samples: int  # made of their turns; 0 where all went alike
     at: float
+    reward: float | None = None  # mean of their steps', with the judge's votes; None: the outcome alone counts
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """The judge's view of a turn in the light of its next state."""
+    """The judge's view of a turn, or of a step of an episode, in the light of its next state."""
 
     turn: str
     votes: tuple[int | None, ...]  # -1, 0, +1, or None where a vote could not be read

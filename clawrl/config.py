@@ -256,6 +256,10 @@ class PoolSection(Section):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$", description="In the dashboard, and the user of its turns.")
     env: str = Field(description="gymnasium's name, `package:clawrl/Name-v0`; the package registers it.")
     options: dict[str, Any] = Field(default={}, description="Keyword arguments of the environment.")
+    agent: Annotated[str, AfterValidator(lambda path: path and _dotted_path(path))] = Field(
+        default="", description="package.module:function that acts and asks the model itself; empty: the turn loop."
+    )
+    agent_options: dict[str, Any] = Field(default={}, description="Keyword arguments of the agent.")
     group_size: int = Field(default=8, ge=2, description="Attempts at one task, held against one another.")
     groups: int = Field(default=4, ge=1, description="Groups under way at a time.")
     workers: int = Field(default=1, ge=1, description="Processes that hold the environments.")

@@ -21,7 +21,7 @@ Tool = dict[str, Any]
 TurnKind = Literal["main", "side"]
 Role = Literal["user", "tool", "env"]
 EpisodeStatus = Literal["done", "truncated", "timeout", "error", "lost"]
-"""Ended by itself; cut at its turn or token limit; out of time; the environment broke; its worker died."""
+"""Ended by itself; cut short by a limit, or its agent broke off; out of time; something broke; its worker died."""
 VersionState = Literal["candidate", "serving", "retired", "rejected"]
 
 

@@ -25,6 +25,7 @@ from envs.chat.phrases import WANTS, Phrasing, say, strings
 from envs.chat.styles import FORMS, classify, default_style, render
 from envs.chat.user import PERSONAS, satisfies
 from envs.chat.world import Problem, Split, check, make_problem
+from envs.toolcall.env import BROKEN
 from envs.toolcall.stock import TOOLS, ToolTask, make_task, run_tool, solved
 from jobs.tiny_model.corpus import Case, assistant, make_case, toward, user, wants_against
 
@@ -182,6 +183,8 @@ def play_steps(writer: Writer, rng: random.Random, invented: float, cases: int, 
         running = [at for at, reply in zip(running, replies, strict=True) if "<tool_call>" in reply]
         for at, reply in zip(running, (each for each in replies if "<tool_call>" in each), strict=True):
             said: Message = {"role": "tool", "content": _call(tasks[at], reply)}
+            if not _parsed(reply):
+                said = user(BROKEN)
             done = [message["content"] for message in chats[at] if message["role"] == "assistant"]
             right = helps(tasks[at], reply, done)
             state = NextState("turn", "tool", (said,), False, 0.0)

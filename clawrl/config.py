@@ -164,6 +164,11 @@ class LearningSection(Section):
     teacher_top: int = Field(default=20, ge=1, le=100, description="Teacher's tokens scored per position.")
     hint_rule: Literal["sequence", "token", "shortest", "longest", "random"] = "sequence"
     max_hints: int = Field(default=3, ge=1)
+    process_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="c: an environment's step is worth its outcome + c times the judge's mean vote (0: outcome alone).",
+    )
     importance_cap: float = Field(default=2.0, gt=0, description="Truncation of train/inference importance weights.")
     policy_loss: Literal["ppo", "gspo", "cispo"] = Field(default="ppo", description="Form of the policy-gradient term.")
     normalise: Literal["sample", "token", "constant"] = "sample"
@@ -251,6 +256,10 @@ class PoolSection(Section):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$", description="In the dashboard, and the user of its turns.")
     env: str = Field(description="gymnasium's name, `package:clawrl/Name-v0`; the package registers it.")
     options: dict[str, Any] = Field(default={}, description="Keyword arguments of the environment.")
+    agent: Annotated[str, AfterValidator(lambda path: path and _dotted_path(path))] = Field(
+        default="", description="package.module:function that acts and asks the model itself; empty: the turn loop."
+    )
+    agent_options: dict[str, Any] = Field(default={}, description="Keyword arguments of the agent.")
     group_size: int = Field(default=8, ge=2, description="Attempts at one task, held against one another.")
     groups: int = Field(default=4, ge=1, description="Groups under way at a time.")
     workers: int = Field(default=1, ge=1, description="Processes that hold the environments.")

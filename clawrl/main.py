@@ -31,7 +31,7 @@ from clawrl.errors import ConfigError, JournalError
 from clawrl.journal.actor import Journal
 from clawrl.journal.store import JournalStore
 from clawrl.rollout.collector import Collector
-from clawrl.rollout.pool import EnvWorker, Pool, make_env
+from clawrl.rollout.pool import EnvWorker, Pool, agent_of, make_env
 from clawrl.serving import app
 from clawrl.serving.keys import FILE, KeyRing, require_keys_beyond_loopback
 from clawrl.serving.local import is_loopback
@@ -220,6 +220,7 @@ def check(config: Config) -> None:
     Redactor(config.privacy)
     for pool in config.pools:
         make_env(pool).close()
+        agent_of(pool)
     keys = KeyRing(Path(config.run_root).resolve() / FILE)
     require_keys_beyond_loopback(keys, config.gateway.host, config.gateway.anyone)
     if not os.environ.get("RAY_ADDRESS"):  # in a cluster a dead clawrl's gateway may hold it, see `clear_cluster`

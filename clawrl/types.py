@@ -21,7 +21,7 @@ Tool = dict[str, Any]
 TurnKind = Literal["main", "side"]
 Role = Literal["user", "tool", "env"]
 EpisodeStatus = Literal["done", "truncated", "timeout", "error", "lost"]
-"""Ended by itself; cut at its turn or token limit; out of time; the environment broke; its worker died."""
+"""Ended by itself; cut short by a limit, or its agent broke off; out of time; something broke; its worker died."""
 VersionState = Literal["candidate", "serving", "retired", "rejected"]
 
 
@@ -138,11 +138,12 @@ class Comparison:
     outcomes: tuple[float, ...]  # of the attempts that have one
     samples: int  # made of their turns; 0 where all went alike
     at: float
+    reward: float | None = None  # mean of their steps', with the judge's votes; None: the outcome alone counts
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """The judge's view of a turn in the light of its next state."""
+    """The judge's view of a turn, or of a step of an episode, in the light of its next state."""
 
     turn: str
     votes: tuple[int | None, ...]  # -1, 0, +1, or None where a vote could not be read

@@ -27,7 +27,7 @@ from clawrl.errors import ClawrlError, ConfigError
 from clawrl.main import System
 from clawrl.observe import set_up_logging
 from clawrl.rollout.agent import Attempt, run_episode
-from clawrl.rollout.pool import caller_of, limits_of, make_env
+from clawrl.rollout.pool import agent_of, caller_of, limits_of, make_env
 from clawrl.types import Comparison, Episode
 from jobs.demo import Screen, Watch, innermost, told
 from jobs.report import BLUE, GREY, Interval, rolling, share_interval
@@ -146,7 +146,7 @@ async def measure(pool: PoolSection, url: str, model: str, tasks: int) -> Measur
         env, episodes = await asyncio.to_thread(make_env, pool), []
         for number in numbers:
             attempt = Attempt(pool.name, name, tasks, f"{name}-{number}", "held_out", number)
-            episodes.append(await run_episode(env, attempt, caller, limits_of(pool)))
+            episodes.append(await run_episode(env, attempt, caller, limits_of(pool), agent_of(pool)))
         await asyncio.to_thread(env.close)
         return episodes
 

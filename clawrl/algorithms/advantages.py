@@ -54,6 +54,30 @@ def group_advantages(outcomes: Sequence[float]) -> np.ndarray | None:
     return (values - values.mean()) / (values.std() + GROUP_EPSILON)
 
 
+def step_reward(outcome: float, votes: Iterable[int | None], weight: float) -> float:
+    """o + c·mean(votes): what a step of an attempt is worth (ALGORITHM.md §2). Without a vote that says anything, o."""
+    cast = [vote for vote in votes if vote is not None]
+    return outcome + weight * sum(cast) / len(cast) if cast else outcome
+
+
+def step_advantages(steps: Sequence[tuple[int, float]], baseline: float) -> list[float | None]:
+    """The advantage of each (step index, reward) of all attempts at one task (ALGORITHM.md §2).
+
+    A z-score among the steps of the same index, as in `group_advantages`; None where they are all worth the same. A
+    step that is alone at its index has nobody to be held against: reward - baseline, as in Binary RL.
+    """
+    buckets: dict[int, list[int]] = {}
+    for position, (index, _) in enumerate(steps):
+        buckets.setdefault(index, []).append(position)
+    advantages: list[float | None] = [None] * len(steps)
+    for positions in buckets.values():
+        rewards = [steps[position][1] for position in positions]
+        scores = [rewards[0] - baseline] if len(rewards) == 1 else group_advantages(rewards)
+        for position, score in zip(positions, [] if scores is None else scores, strict=False):
+            advantages[position] = float(score)
+    return advantages
+
+
 def score_advantages(advantage: float, num_tokens: int) -> np.ndarray:
     """f32[T]: Binary RL, the same advantage for every reply token (ALGORITHM.md §2)."""
     return np.full(num_tokens, advantage, dtype=np.float32)

@@ -162,6 +162,10 @@ class Journal:
         """The attempts of a group and their main turns."""
         return await self._read(self._store.group, group)
 
+    async def steps(self, group: str) -> list[tuple[NextState, Judgement | None]]:
+        """What followed each main turn of a group, and how it was judged."""
+        return await self._read(self._store.steps, group)
+
     async def comparisons(self) -> list[Comparison]:
         """All, oldest first."""
         return await self._read(self._store.comparisons)

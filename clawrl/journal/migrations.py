@@ -89,7 +89,9 @@ _TO_5 = [  # environments: how attempts ended, and groups of them
         FOREIGN KEY (seq) REFERENCES episodes (seq) ON DELETE CASCADE)""",
 ]
 
-STEPS: dict[int, list[str]] = {1: _TO_2, 2: _TO_3, 3: _TO_4, 4: _TO_5}
+_TO_6 = ["ALTER TABLE comparisons ADD COLUMN reward DOUBLE PRECISION"]  # what steps were worth, votes included
+
+STEPS: dict[int, list[str]] = {1: _TO_2, 2: _TO_3, 3: _TO_4, 4: _TO_5, 5: _TO_6}
 """Statements that lead from a schema to the next."""
 
 

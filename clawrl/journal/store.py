@@ -236,6 +236,18 @@ class JournalReader:
         )
         return [EPISODES.decode(row) for row in self._rows(episodes)], [TURNS.decode(row) for row in self._rows(turns)]
 
+    def steps(self, group: str) -> list[tuple[NextState, Judgement | None]]:
+        """What followed each main turn of a group, and how it was judged; without those withdrawn."""
+        query = (
+            select(NEXT_STATES.table, JUDGEMENTS.table)
+            .join(TURNS.table, TURNS.c.id == NEXT_STATES.c.turn)
+            .outerjoin(JUDGEMENTS.table, JUDGEMENTS.c.turn == NEXT_STATES.c.turn)
+            .outerjoin(WITHDRAWN, WITHDRAWN.c.turn == NEXT_STATES.c.turn)
+            .where(TURNS.c.group == group, TURNS.c.kind == "main", WITHDRAWN.c.turn.is_(None))
+            .order_by(NEXT_STATES.c.seq)
+        )
+        return [(NEXT_STATES.decode(row), JUDGEMENTS.decode(row)) for row in self._rows(query)]
+
     def comparisons(self) -> list[Comparison]:
         return self._all(Comparison)
 

@@ -4,8 +4,9 @@ Knows the environment interface, the `openai` client and the limits of an episod
 environments run and what is learnt: the gateway captures the turns, since they come to it like anybody's.
 
     reset ─► messages, tools ─► chat.completions ─► assistant message ─► step ─► observations ─┐
-                 ▲                                                                            │
-                 └──────────────── until it is over, or a limit is reached ◄──────────────────┘
+      │          ▲                                                                            │
+      │          └──────────────── until it is over, or a limit is reached ◄──────────────────┘
+      └─► or an agent of its own, which asks the model as it likes, under a URL that names the session ─► grade
 
 Whatever happens, the result is an Episode: a failure is its status and reason, never an exception.
 """
@@ -13,17 +14,19 @@ Whatever happens, the result is an Episode: a failure is its status and reason, 
 from __future__ import annotations
 
 import asyncio
+import importlib
+import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import gymnasium
 import openai
 
-from clawrl.errors import ClawrlError
+from clawrl.errors import ClawrlError, EnvError, boundary
 from clawrl.types import Episode, EpisodeStatus, Message
 
 CUT = "\n… {left} characters left out …\n"
@@ -63,7 +66,6 @@ class Caller:
 
     async def reply(self, attempt: Attempt, messages: list[Message], tools: tuple[Any, ...], limits: Limits) -> Message:
         """The assistant message, as it goes into the history. Raises openai.OpenAIError."""
-        headers = {"X-Session-Id": attempt.session, "X-Source": attempt.source, "X-Group": attempt.group}
         request: dict[str, Any] = {"tools": list(tools)} if tools else {}
         answer = await self.client.chat.completions.create(
             model=self.model,
@@ -71,24 +73,67 @@ class Caller:
             temperature=self.temperature,
             max_completion_tokens=limits.reply_tokens,
             user=self.user,
-            extra_headers={**headers, "X-Turn-Type": "side" if self.side else "main"},
+            extra_headers=self.headers(attempt),
             **request,
         )
         return answer.choices[0].message.model_dump(exclude_none=True, include={"role", "content", "tool_calls"})
 
+    def headers(self, attempt: Attempt) -> dict[str, str]:
+        """What the gateway is told of an attempt's turns."""
+        named = {"X-Session-Id": attempt.session, "X-Source": attempt.source, "X-Group": attempt.group}
+        return {**named, "X-Turn-Type": "side" if self.side else "main"}
+
+    def url(self, attempt: Attempt) -> str:
+        """The base URL that says the same, for who cannot send headers (`serving.prefix`)."""
+        root = str(self.client.base_url).rstrip("/").removesuffix("/v1")
+        named = f"session/{attempt.session}/source/{attempt.source}/group/{attempt.group}"
+        return f"{root}/{named}/turns/{'side' if self.side else 'main'}/v1"
+
+
+class Agent(Protocol):
+    """Acts in an environment that was just reset, and asks the model itself; the rollout grades what it leaves.
+
+    A plain function, called in a thread. `env.opening` and `env.tools` say what there is to do. `base_url` names the
+    session, and so do the headers; every call to the model must have one or the other. It must end by itself within
+    `limits.seconds`: nothing can stop it, and the verdict waits for it. Returns why it broke off; nothing if it ended
+    well. What it raises is an error of its own, and the attempt has no outcome.
+    """
+
+    def __call__(
+        self, env: Any, base_url: str, api_key: str, model: str, extra_headers: dict[str, str], limits: Limits, /
+    ) -> str | None: ...
+
+
+def load_agent(path: str, options: Mapping[str, Any]) -> Agent | None:
+    """The agent `package.module:function` with its options; None, the turn loop, for an empty path.
+
+    Raises EnvError if there is none, or it does not take what it is called with.
+    """
+    if not path:
+        return None
+    module, _, name = path.partition(":")
+    with boundary(EnvError, f"agent={path!r} cannot be used with agent_options={dict(options)}"):
+        function = getattr(importlib.import_module(module), name)
+        inspect.signature(function).bind(None, "", "", "", {}, Limits(), **options)
+    return partial(function, **options)
+
 
 async def run_episode(
-    env: gymnasium.Env[tuple[Message, ...], Message], attempt: Attempt, caller: Caller, limits: Limits
+    env: gymnasium.Env[tuple[Message, ...], Message],
+    attempt: Attempt,
+    caller: Caller,
+    limits: Limits,
+    agent: Agent | None = None,
 ) -> Episode:
     """Play one attempt to its end. The environment is called in a thread of its own, one call at a time."""
     started = time.monotonic()
     with _OneThread() as thread:
-        run = _Run(env, attempt, caller, limits, thread)
+        run = _Run(env, attempt, caller, limits, thread, agent)
         status, reason = await run.play(started + limits.seconds)
         outcome = run.outcome
-        if outcome is None and status in ("truncated", "timeout") and run.task:
+        if outcome is None and status != "error" and run.task:
             try:
-                outcome = float(await thread.call(env.unwrapped.grade))  # type: ignore[attr-defined]
+                outcome = float(await thread.call(env.unwrapped.verdict))  # type: ignore[attr-defined]
             except Exception as error:
                 status, reason = "error", told(error)
     return Episode(
@@ -125,9 +170,11 @@ class _OneThread:
 class _Run:
     """An episode under way."""
 
-    def __init__(self, env: Any, attempt: Attempt, caller: Caller, limits: Limits, thread: _OneThread) -> None:
+    def __init__(
+        self, env: Any, attempt: Attempt, caller: Caller, limits: Limits, thread: _OneThread, agent: Agent | None
+    ) -> None:
         self._env, self._attempt, self._caller, self._limits = env, attempt, caller, limits
-        self._call = thread.call
+        self._call, self._agent = thread.call, agent
         self.task = ""
         self.rewards: list[float] = []
         self.outcome: float | None = None
@@ -136,7 +183,10 @@ class _Run:
         """(status, reason) at the end."""
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
-                return await self._play()
+                messages, tools = await self._begin()
+                if self._agent is None:
+                    return await self._take_turns(messages, tools)
+                return await self._leave_to(self._agent, deadline)
         except TimeoutError:
             return "timeout", f"longer than {self._limits.seconds:g} s"
         except openai.OpenAIError as error:
@@ -144,11 +194,20 @@ class _Run:
         except Exception as error:
             return "error", told(error)
 
-    async def _play(self) -> tuple[EpisodeStatus, str]:
+    async def _begin(self) -> tuple[list[Message], tuple[Any, ...]]:
         chosen = {"task": self._attempt.number, "split": self._attempt.split}
         seen, facts = await self._call(self._env.reset, options=chosen)
-        self.task, tools = facts["task"], facts["tools"]
-        messages = self._shown(seen)
+        self.task = facts["task"]
+        return self._shown(seen), facts["tools"]
+
+    async def _leave_to(self, agent: Agent, deadline: float) -> tuple[EpisodeStatus, str]:
+        caller, attempt = self._caller, self._attempt
+        limits = replace(self._limits, seconds=deadline - time.monotonic())
+        asking = (caller.url(attempt), caller.client.api_key, caller.model, caller.headers(attempt))
+        why = await self._call(agent, self._env.unwrapped, *asking, limits)
+        return ("truncated", str(why)) if why else ("done", "")
+
+    async def _take_turns(self, messages: list[Message], tools: tuple[Any, ...]) -> tuple[EpisodeStatus, str]:
         for _ in range(self._limits.turns):
             action = await self._caller.reply(self._attempt, messages, tools, self._limits)
             seen, reward, terminated, _, facts = await self._call(self._env.step, action)

@@ -15,7 +15,8 @@ A slow judgement holds back later samples of the same user, for as long as two t
 Explicit feedback. Its score stands above the judge's; its text is read by the judge beside what followed. A turn that
 nothing follows is judged by it alone, `judge.feedback_wait_s` after it came.
 
-Environments. Turns of a group of attempts are not judged here: `comparing` runs beside this flow.
+Environments. Turns of a group of attempts are not judged here: `comparing` runs beside this flow, and asks for votes on
+their steps where `learning.process_weight` says so.
 
 Failures. A call that fails because its replica is gone is repeated until `judge.timeout_s` has passed; only then does
 the turn abstain. A teacher or reference that fails drops its own term. A journal that fails is asked again until it
@@ -89,7 +90,7 @@ class Collector:
         self._counts: Counter[str] = Counter()
         self._reward: float | None = None
         self._after = 0
-        self._comparer = Comparer(journal, learning, self._insist, self._reference)
+        self._comparer = Comparer(journal, learning, self._insist, self._reference, self._step)
         loop = asyncio.get_running_loop()
         flows = (self._poll(), self._end_silence(), self._comparer.run())
         self._polling = [loop.create_task(each) for each in flows]
@@ -150,12 +151,20 @@ class Collector:
 
     async def _judged(self, turn: Turn, next_state: NextState) -> Judgement:
         """The judge's answer, or an abstention that says why there is none."""
-        started, timeout_s = time.time(), self._judging.timeout_s
         next_state = with_corrections(next_state, await self._feedback(turn))
         if not next_state.messages:
-            return Judgement(turn.id, (), None, (), 0, 0.0, error="nothing was said after it", at=started)
+            return Judgement(turn.id, (), None, (), 0, 0.0, error="nothing was said after it", at=time.time())
+        return await self._asked(self._judge.judge, turn, next_state)
+
+    async def _step(self, turn: Turn, next_state: NextState) -> Judgement:
+        """The judge's votes on a step of an episode, or an abstention."""
+        async with self._slots:
+            return await self._asked(self._judge.judge_step, turn, next_state)
+
+    async def _asked(self, method: Any, turn: Turn, next_state: NextState) -> Judgement:
+        started, timeout_s = time.time(), self._judging.timeout_s
         try:
-            return await self._insist(partial(self._judge.judge.remote, turn, next_state), timeout_s=timeout_s)
+            return await self._insist(partial(method.remote, turn, next_state), timeout_s=timeout_s)
         except Exception as error:
             log.warning("event=judge_abstains turn=%s error=%s", turn.id, type(error).__name__)
             now = time.time()

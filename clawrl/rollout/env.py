@@ -114,7 +114,10 @@ class AgentEnv(gymnasium.Env[tuple[Message, ...], Message], Generic[TaskT], ABC)
         self.observation_space = MessagesSpace()
         self.action_space = MessageSpace()
         self.task: TaskT | None = None
+        self.opening: Opening | None = None
         self.tools: tuple[Tool, ...] = ()
+        self.outcome: float | None = None  # of this episode, once it was graded
+        self.workdir: str | None = None  # a folder of this machine where a program may act, if there is one
 
     # -- what an environment defines ---------------------------------------------------------------------------------
 
@@ -154,7 +157,8 @@ class AgentEnv(gymnasium.Env[tuple[Message, ...], Message], Generic[TaskT], ABC)
             raise EnvError(f"{self.name}: split {split!r} is unknown; use one of {', '.join(SPLITS)}")
         number = chosen.get("task")
         self.task = self.make_task(int(self.np_random.integers(2**31) if number is None else number), split)
-        opening = self.begin(self.task)
+        self.outcome = None
+        self.opening = opening = self.begin(self.task)
         self.tools = opening.tools
         return deepcopy(opening.messages), {"task": self.task.id, "tools": deepcopy(opening.tools)}
 
@@ -168,8 +172,14 @@ class AgentEnv(gymnasium.Env[tuple[Message, ...], Message], Generic[TaskT], ABC)
         answer = self.act(action)
         if not answer.terminated:
             return answer.messages, float(answer.reward), False, False, dict(answer.info)
-        outcome = self.grade()
+        outcome = self.verdict()
         return answer.messages, float(answer.reward + outcome), True, False, {**answer.info, "outcome": outcome}
+
+    def verdict(self) -> float:
+        """The episode's outcome: graded when it is first asked for, and then the same."""
+        if self.outcome is None:
+            self.outcome = float(self.grade())
+        return self.outcome
 
 
 def split_of(task: str, held_out_share: float = HELD_OUT_SHARE) -> Split:

@@ -30,7 +30,7 @@ from ray.exceptions import RayActorError
 from clawrl.config import PoolSection
 from clawrl.errors import EnvError, boundary
 from clawrl.observe import metric
-from clawrl.rollout.agent import Attempt, Caller, Limits, run_episode, told
+from clawrl.rollout.agent import Agent, Attempt, Caller, Limits, load_agent, run_episode, told
 from clawrl.types import Episode
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,12 @@ def make_env(settings: PoolSection) -> gymnasium.Env:
         return gymnasium.make(settings.env, disable_env_checker=True, **settings.options)
 
 
+def agent_of(settings: PoolSection) -> Agent | None:
+    """Who acts; None: the turn loop. Raises EnvError if there is no such agent."""
+    with boundary(EnvError, f"pools.{settings.name}"):
+        return load_agent(settings.agent, settings.agent_options)
+
+
 def caller_of(settings: PoolSection, url: str, model: str, *, side: bool = False) -> Caller:
     client = openai.AsyncOpenAI(base_url=url, api_key=os.environ.get(KEY, "none"), timeout=settings.max_seconds)
     return Caller(client, model, settings.temperature, side, settings.name)
@@ -66,7 +72,7 @@ class EnvWorker:
     """Async actor: attempts side by side, each in an environment of its own, which is used again for the next."""
 
     def __init__(self, settings: PoolSection, url: str, model: str) -> None:
-        self._settings, self._caller = settings, caller_of(settings, url, model)
+        self._settings, self._caller, self._agent = settings, caller_of(settings, url, model), agent_of(settings)
         self._idle: list[gymnasium.Env] = []
         self._running: dict[str, asyncio.Task[Episode]] = {}
 
@@ -80,7 +86,7 @@ class EnvWorker:
 
     async def _run(self, attempt: Attempt) -> Episode:
         env = self._idle.pop() if self._idle else await asyncio.to_thread(make_env, self._settings)
-        episode = await run_episode(env, attempt, self._caller, limits_of(self._settings))
+        episode = await run_episode(env, attempt, self._caller, limits_of(self._settings), self._agent)
         if episode.status == "done":
             self._idle.append(env)
         else:  # in what state it is nobody knows

@@ -3,7 +3,7 @@
 Knows HTTP, keys and who asks. Ignores engines and training; how a request is answered and captured is in `answering`,
 where its turn stands in `placing`, each route's own shapes in `surfaces`.
 
-    key ─► body ─► identity ─► sent before? replay it : answer it
+    path's session ─► key ─► body ─► identity ─► sent before? replay it : answer it
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from clawrl.serving.listener import ClientGone, InTurn, Listener
 from clawrl.serving.local import why_not_local
 from clawrl.serving.openapi import described
 from clawrl.serving.placing import Placing
+from clawrl.serving.prefix import Prefixed
 from clawrl.serving.responses import Responses, items_before
 from clawrl.serving.sessions import Identity, identify, request_digest
 from clawrl.serving.streams import EVENT_STREAM, NO_CACHE, refusal
@@ -99,7 +100,7 @@ class Gateway:
         api.post("/v1/feedback", **described(openapi.STORED, body=openapi.FEEDBACK))(self.feedback)
         api.post("/v1/sessions/{session}/done", **described(openapi.ENDED))(self.end_session)
         api.post("/admin/{name}", **described(body=openapi.ACT))(self.administer)
-        return InTurn(api)
+        return Prefixed(InTurn(api))
 
     async def healthz(self) -> Response:
         """200 once a policy replica answers."""

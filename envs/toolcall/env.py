@@ -16,9 +16,8 @@ from clawrl.rollout.env import AgentEnv, Answer, Opening, Split, Task, calls, sp
 from clawrl.types import Message
 from envs.toolcall.stock import INVENTED_SHARE, TOOLS, ToolTask, make_task, run_tool, solved
 
-BROKEN = (
-    'error: that call could not be read; write <tool_call>{"name": ..., "arguments": {...}}</tool_call> with valid JSON'
-)
+BROKEN = "error: bad call; write valid JSON"
+"""Short: longer words mislead the tiny model, which reads them as the policy and as the judge of its steps."""
 
 
 @dataclass(frozen=True, slots=True)

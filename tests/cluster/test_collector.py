@@ -4,6 +4,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from clawrl.config import JudgeSection, LearningSection
 from clawrl.journal.actor import Journal
 from clawrl.rollout.collector import Collector
 from clawrl.testing import ScriptedJudge, ScriptedPolicy, next_state
-from clawrl.types import Feedback, Sample, Turn
+from clawrl.types import Episode, Feedback, Sample, Turn
 
 pytestmark = pytest.mark.cluster
 
@@ -369,3 +370,85 @@ def test_late_feedback_teaches_a_turn_that_had_taught_nothing(actors, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert house.judgements() == [(turn.id, 1, None)]
+
+
+PROCESS = LearningSection(process_weight=0.5, kl_weight=0)
+
+
+def play(house: House, group: str, **attempts: tuple[float | None, list[str]]) -> None:
+    """A group's attempts, durable: the outcome of each, and what followed each of its steps but the last."""
+    source = ScriptedPolicy(seed=len(house.turns))
+    for name, (outcome, scripts) in attempts.items():
+        session = f"{group}-{name}"
+        for index in range(len(scripts) + 1):
+            made = source.turn([{"role": "user", "content": f"{session} {index}"}], 6, session=session, index=index)
+            turn = replace(made, id=f"{session}/{index}", group=group, source="toolcall")
+            house.turns.append(turn)
+            followed = [next_state(turn, scripts[index])] if index < len(scripts) else []
+            ask(house.journal.append.remote(turn, *followed))
+        status = "error" if outcome is None else "done"
+        ended = Episode(session, "toolcall", group, "task", len(attempts), status, outcome, (), "", 1.0, 2.0)
+        ask(house.journal.append.remote(ended))
+
+
+def compared(house: House, groups: int, timeout_s: float = 60.0) -> list[Any]:
+    deadline = time.monotonic() + timeout_s
+    while len(found := ask(house.journal.comparisons.remote())) < groups:
+        assert time.monotonic() < deadline, f"{len(found)} of {groups} groups compared after {timeout_s} s"
+        time.sleep(0.05)
+    return found
+
+
+def test_the_judge_votes_on_the_steps_of_a_group(actors, tmp_path):
+    """By hand, c = 1/2: steps 0 are worth 1.5, 0.5, -1 (it abstained there), steps 1 are 1.5, 1, -1.5."""
+    house = House(actors, tmp_path)
+    house.collect(PROCESS)
+    play(house, "g", a=(1.0, ["+1", "+1"]), b=(1.0, ["-1"]), c=(-1.0, ["?", "-1"]), broken=(None, ["+1"]))
+    [comparison] = compared(house, 1)
+    assert comparison.outcomes == (1.0, 1.0, -1.0)
+    assert comparison.reward == pytest.approx(np.mean([1.5, 1.5, 1.0, 0.5, 1.0, -1.0, -1.5, -1.0]))
+    expected = {}
+    for step in ({"a/0": 1.5, "b/0": 0.5, "c/0": -1.0}, {"a/1": 1.5, "b/1": 1.0, "c/1": -1.5}, {"a/2": 1, "c/2": -1}):
+        values = np.array([*step.values()])
+        z = (values - values.mean()) / values.std()
+        expected.update({f"g-{turn}": value for turn, value in zip(step, z, strict=True)})
+    found = {id: rewards(sample) for id, sample in house.samples().items()}
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert {(turn, score) for turn, score, _ in house.judgements()} == {
+        ("g-a/0", 1), ("g-a/1", 1), ("g-b/0", -1), ("g-c/0", None), ("g-c/1", -1),
+    }  # fmt: skip
+
+
+def test_a_restart_asks_for_no_vote_again_and_the_baseline_goes_on(actors, tmp_path):
+    """The first group is compared before the restart; of the second, one vote came, and another does not in time."""
+    house = House(actors, tmp_path)
+    first = house.collect(PROCESS)
+    play(house, "first", a=(1.0, ["+1"]), b=(1.0, []))
+    compared(house, 1)
+    # b is alone at no step: steps 0 are 1.5 and 1, step 1 of a is alone: 1 - 0
+    assert rewards(house.samples()["first-a/1"]) == 1.0
+    play(house, "second", a=(1.0, ["+1", "+1 wait:30"]), b=(1.0, ["+1"]))
+    house.wait(3)
+    ray.kill(first)
+    house.judge = actors(ScriptedJudge)
+    house.collect(PROCESS, timeout_s=1.0)
+    compared(house, 2)
+    assert [turn for turn, _, _ in house.judgements()].count("second-a/0") == 1
+    [error] = [error for turn, _, error in house.judgements() if turn == "second-a/1"]
+    assert "judge.timeout_s=1" in str(error)
+    # steps 0 are alike; steps 1 too (nobody voted in time on a's); 2 is alone, against 0.1 of the first's mean reward
+    samples = house.samples()
+    assert {id for id in samples if id.startswith("second")} == {"second-a/2"}
+    assert rewards(samples["second-a/2"]) == pytest.approx(1 - 0.1 * np.mean([1.5, 1.0, 1.0]))
+
+
+def test_by_the_outcome_alone_no_judge_is_asked(actors, tmp_path):
+    house = House(actors, tmp_path)
+    ray.kill(house.judge, no_restart=True)
+    house.collect(LearningSection(kl_weight=0))
+    play(house, "g", a=(1.0, ["-1"]), b=(-1.0, ["+1"]))
+    [comparison] = compared(house, 1)
+    assert (comparison.samples, comparison.reward) == (4, None)
+    assert house.judgements() == []
+    found = {id: round(rewards(sample), 3) for id, sample in house.samples().items()}
+    assert found == {"g-a/0": 1.0, "g-a/1": 1.0, "g-b/0": -1.0, "g-b/1": -1.0}

@@ -31,7 +31,8 @@ from clawrl.errors import ConfigError, JournalError
 from clawrl.journal.actor import Journal
 from clawrl.journal.store import JournalStore
 from clawrl.rollout.collector import Collector
-from clawrl.rollout.pool import EnvWorker, Pool, make_env
+from clawrl.rollout.pool import Pool
+from clawrl.rollout.worker import EnvWorker, make_env
 from clawrl.serving import app
 from clawrl.serving.keys import FILE, KeyRing, require_keys_beyond_loopback
 from clawrl.serving.local import is_loopback
@@ -45,7 +46,7 @@ log = logging.getLogger(__name__)
 
 NAMESPACE = "clawrl"
 TRAINER_CPUS = 0.2  # of each trainer worker; an embedded system shares few cores among many processes
-POOL_CPUS = 0.1  # of each worker of a pool
+WORKER_CALLS = 16  # that a pool's worker answers beside its attempts
 FREE_DISK_MIB = 512
 STOP_S = 12.0
 LEFT_S = 15.0
@@ -378,12 +379,15 @@ def _reaching(config: Config) -> dict[str, Any]:
     return {"scheduling_strategy": _here()} if is_loopback(config.gateway.host) else {}
 
 
-def _start_worker(pool: PoolSection, url: str, model: str, placement: dict[str, Any], index: int) -> Any:
+def _start_worker(pool: PoolSection, url: str, model: str, placement: dict[str, Any]) -> Any:
     """A process that holds environments; the pool that asks for it owns it, and starts another when it dies."""
-    options = {"num_cpus": POOL_CPUS, "max_concurrency": 1000, **placement}
-    name = f"{NAMESPACE}-pool-{pool.name}-{index}-{uuid.uuid4().hex[:6]}"
     worker: Any = ray.remote(EnvWorker)
-    return worker.options(name=name, **options).remote(pool, url, model)
+    return worker.options(
+        name=f"{NAMESPACE}-pool-{pool.name}-{uuid.uuid4().hex[:6]}",
+        num_cpus=pool.cpus_per_worker,
+        max_concurrency=pool.places + pool.spares + WORKER_CALLS,
+        **placement,
+    ).remote(pool, url, model)
 
 
 def start_serve() -> None:

@@ -14,7 +14,6 @@ import shutil
 import socket
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
@@ -32,7 +31,7 @@ from clawrl.journal.actor import Journal
 from clawrl.journal.store import JournalStore
 from clawrl.rollout.collector import Collector
 from clawrl.rollout.pool import Pool
-from clawrl.rollout.worker import EnvWorker, make_env
+from clawrl.rollout.worker import make_env, start_worker
 from clawrl.serving import app
 from clawrl.serving.keys import FILE, KeyRing, require_keys_beyond_loopback
 from clawrl.serving.local import is_loopback
@@ -46,7 +45,6 @@ log = logging.getLogger(__name__)
 
 NAMESPACE = "clawrl"
 TRAINER_CPUS = 0.2  # of each trainer worker; an embedded system shares few cores among many processes
-WORKER_CALLS = 16  # that a pool's worker answers beside its attempts
 FREE_DISK_MIB = 512
 STOP_S = 12.0
 LEFT_S = 15.0
@@ -159,8 +157,8 @@ class System:
         ).remote(loop, str(self.run_directory), cpus_per_worker=TRAINER_CPUS)
         for pool in config.pools:
             say(f"starting the pool {pool.name} ({pool.env})")
-            start_worker = partial(_start_worker, pool, self.url, config.policy.served_name, _reaching(config))
-            self._actor(f"pool-{pool.name}", Pool, pool, config.buffer.batch_size, journal, buffer, start_worker)
+            start = partial(start_worker, pool, self.url, config.policy.served_name, NAMESPACE, **_reaching(config))
+            self._actor(f"pool-{pool.name}", Pool, pool, config.buffer.batch_size, journal, buffer, start)
         say(f"serving {self.url} · run directory {self.run_directory}")
 
     def _actor(self, name: str, cls: type, *arguments: Any) -> Any:
@@ -377,17 +375,6 @@ def _here() -> NodeAffinitySchedulingStrategy:
 def _reaching(config: Config) -> dict[str, Any]:
     """Where workers of a pool can be that are to reach the gateway: anywhere, unless it listens to its machine only."""
     return {"scheduling_strategy": _here()} if is_loopback(config.gateway.host) else {}
-
-
-def _start_worker(pool: PoolSection, url: str, model: str, placement: dict[str, Any]) -> Any:
-    """A process that holds environments; the pool that asks for it owns it, and starts another when it dies."""
-    worker: Any = ray.remote(EnvWorker)
-    return worker.options(
-        name=f"{NAMESPACE}-pool-{pool.name}-{uuid.uuid4().hex[:6]}",
-        num_cpus=pool.cpus_per_worker,
-        max_concurrency=pool.places + pool.spares + WORKER_CALLS,
-        **placement,
-    ).remote(pool, url, model)
 
 
 def start_serve() -> None:

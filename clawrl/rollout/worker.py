@@ -15,12 +15,14 @@ import logging
 import os
 import socket
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import gymnasium
 import openai
+import ray
 from gymnasium.envs.registration import load_env_creator
 
 from clawrl.config import PoolSection
@@ -35,6 +37,8 @@ KEY = "CLAWRL_API_KEY"
 """The environment variable with the pools' API key, where the gateway asks for one."""
 KEPT = 1024
 """So many attempts are remembered, lest one is made again whose end did not reach the pool."""
+OTHER_CALLS = 16
+"""So many calls are answered beside attempts."""
 CLOSE_S = 2.0
 """An environment that is not closed by then has hung."""
 
@@ -95,6 +99,20 @@ def _kind(settings: PoolSection) -> type[AgentEnv] | None:
     if not (isinstance(kind, type) and issubclass(kind, AgentEnv)):
         return None
     return None if kind.reconcile.__func__ is AgentEnv.reconcile.__func__ else kind
+
+
+def start_worker(settings: PoolSection, url: str, model: str, namespace: str, **placement: Any) -> Any:
+    """The handle of a new worker, whom the caller owns; it dies with it. `placement`: more of Ray's options.
+
+    It stands here since a pool's process need not know the whole program to start one.
+    """
+    worker: Any = ray.remote(EnvWorker)
+    return worker.options(
+        name=f"{namespace}-pool-{settings.name}-{uuid.uuid4().hex[:6]}",
+        num_cpus=settings.cpus_per_worker,
+        max_concurrency=settings.places + settings.spares + OTHER_CALLS,
+        **placement,
+    ).remote(settings, url, model)
 
 
 class Room:

@@ -222,10 +222,15 @@ async def _plain(settings: PoolSection, url: str, seconds: float) -> int:
     return sum(began <= at < began + seconds for at in ends)
 
 
+def _done(pool: Any) -> int:
+    stats: Any = ray.get(pool.stats.remote())
+    return stats.get("done", 0)
+
+
 def _until_up(pool: Any, number: int) -> None:
     """Wait until so many environments are there and have had a second to get going."""
     deadline = time.monotonic() + PATIENCE_S
-    while ray.get(pool.stats.remote()).get("done", 0) < number:
+    while _done(pool) < number:
         if time.monotonic() > deadline:
             raise ClawrlError(f"{number} environments did not come up within {PATIENCE_S:g} s")
         time.sleep(0.2)
@@ -297,7 +302,7 @@ def _leaks(here: Stage, url: str, episodes: int) -> list[Figure]:
         (pid,) = ray.get(pool.workers.remote())
         before, mounts = Held.by(pid), Held.by(pid).mounts
         began = time.monotonic()
-        while (done := ray.get(pool.stats.remote())["done"]) < episodes:
+        while (done := _done(pool)) < episodes:
             if time.monotonic() - began > PATIENCE_S + episodes:
                 raise ClawrlError(f"{done} of {episodes} episodes were made; it goes too slowly")
             time.sleep(1.0)

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sqlite3
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,15 +20,19 @@ import ray
 
 from clawrl.config import BufferSection, PoolSection
 from clawrl.journal.actor import Journal
-from clawrl.main import _start_worker
 from clawrl.rollout.pool import Pool
+from clawrl.rollout.worker import start_worker
 from clawrl.training.buffer import ReplayBuffer
 from clawrl.types import Sample
+from envs.sandbox import SandboxSpec
+from envs.sandbox.labels import remove_tree
+from envs.sandbox.opening import refusal
 from jobs.bench.endpoint import Endpoint, play_stock
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster"), pytest.mark.timeout(120)]
 PATIENCE_S = 60.0
 BATCH = 4
+BEST_EFFORT = SandboxSpec("base", limits="best_effort")
 
 
 def ask(reference: Any) -> Any:
@@ -60,7 +65,8 @@ class House:
         return PoolSection.model_validate({**defaults, **given})
 
     def starting(self, settings: PoolSection) -> Callable[[], Any]:
-        return partial(_start_worker, settings, self.endpoint.url, "scripted", {})
+        sandboxes = {"runtime_env": {"env_vars": {"CLAWRL_SANDBOX_HOME": os.environ.get("CLAWRL_SANDBOX_HOME", "")}}}
+        return partial(start_worker, settings, self.endpoint.url, "scripted", "test", **sandboxes)
 
     def pool(self, **given: Any) -> Any:
         settings = self.settings(**given)
@@ -246,3 +252,32 @@ def test_a_pool_that_is_killed_takes_its_workers_along(house: House):
     pids = until(lambda: len(found := ask(pool.workers.remote())) == 2 and found)
     ray.kill(pool)
     until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+
+
+@pytest.fixture
+def sandboxes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where they are kept; everybody may pass through it, as sandboxes of another user need."""
+    folder = Path(tempfile.mkdtemp(prefix="clawrl-pool-", dir="/tmp"))
+    folder.chmod(0o755)
+    monkeypatch.setenv("CLAWRL_SANDBOX_HOME", str(folder))
+    yield folder
+    remove_tree(folder)
+
+
+def test_the_next_pool_removes_the_sandboxes_of_one_that_was_killed(sandboxes: Path, house: House):
+    backend = next((each for each in ("bwrap", "unshare") if not refusal(each, BEST_EFFORT)), "process")
+    terminal = {
+        "env": "envs:clawrl/Terminal-v0", "options": {"backend": backend, "limits": "best_effort"}, "group_size": 2,
+        "min_envs": 2, "max_envs": 2, "envs_per_worker": 1, "max_turns": 1000,
+    }  # fmt: skip
+    killed = house.pool(**terminal)
+    boxes = until(lambda: len(found := set((sandboxes / "boxes").glob("*/label.json"))) == 2 and found)
+    pids = ask(killed.workers.remote())
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    ray.kill(killed)
+    until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+    assert {each for each in boxes if each.exists()} == boxes, "nobody had the time to close them"
+    house.fill_buffer()  # so that the next one makes none
+    house.pool(**terminal)
+    until(lambda: not any((sandboxes / "boxes").iterdir()))

@@ -25,7 +25,7 @@ from ray import serve
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from clawrl import observe
-from clawrl.config import Config, PoolSection, model_path
+from clawrl.config import Config, model_path
 from clawrl.errors import ConfigError, JournalError
 from clawrl.journal.actor import Journal
 from clawrl.journal.store import JournalStore

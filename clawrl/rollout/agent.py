@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -87,10 +87,17 @@ async def run_episode(
     thread: Executor | None = None,
     place: AbstractAsyncContextManager[Any] | None = None,
 ) -> Episode:
-    """Play one attempt to its end. The environment is called in `thread` (None: any), one call at a time.
+    """Play one attempt to its end. The environment is called in `thread` (of one worker; None: one of its own), so that
+    a call that was given up at a time limit ends before the next begins.
 
     It is reset at once, acts while it has its `place`, and may take `limits.seconds` for each of the two.
     """
+    if thread is None:
+        thread = ThreadPoolExecutor(1)
+        try:
+            return await run_episode(env, attempt, caller, limits, thread, place)
+        finally:
+            thread.shutdown(wait=False)
     run = _Run(env, attempt, caller, limits, thread)
     started = time.monotonic()
     status, reason = await run.within(limits.seconds, run.begin)
@@ -136,7 +143,7 @@ def ended(
 class _Run:
     """An episode under way."""
 
-    def __init__(self, env: Any, attempt: Attempt, caller: Caller, limits: Limits, thread: Executor | None) -> None:
+    def __init__(self, env: Any, attempt: Attempt, caller: Caller, limits: Limits, thread: Executor) -> None:
         self._env, self._attempt, self._caller, self._limits, self._thread = env, attempt, caller, limits, thread
         self._messages: list[Message] = []
         self._tools: tuple[Any, ...] = ()
@@ -194,11 +201,11 @@ class _Run:
         return asyncio.get_running_loop().run_in_executor(self._thread, partial(function, *given, **named))
 
     def _shown(self, messages: tuple[Message, ...]) -> list[Message]:
-        return [_cut(message, self._limits.observation_chars) for message in messages]
+        return [cut(message, self._limits.observation_chars) for message in messages]
 
 
-def _cut(message: Message, most: int) -> Message:
-    """The message with a text that is too long cut in the middle."""
+def cut(message: Message, most: int) -> Message:
+    """The message with a text of more than `most` characters cut in the middle."""
     text = message.get("content")
     if not isinstance(text, str) or len(text) <= most:
         return message

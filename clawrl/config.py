@@ -7,6 +7,7 @@ section, never the root.
 from __future__ import annotations
 
 import json
+import math
 import re
 import tomllib
 from collections.abc import Sequence
@@ -261,16 +262,47 @@ class PoolSection(Section):
     )
     agent_options: dict[str, Any] = Field(default={}, description="Keyword arguments of the agent.")
     group_size: int = Field(default=8, ge=2, description="Attempts at one task, held against one another.")
-    groups: int = Field(default=4, ge=1, description="Groups under way at a time.")
-    workers: int = Field(default=1, ge=1, description="Processes that hold the environments.")
+    min_envs: int = Field(default=1, ge=0, description="Room for so many is kept when nothing is asked of the pool.")
+    max_envs: int = Field(
+        default=32, ge=1, description="Environments that act side by side, once there are processor shares for them."
+    )
+    envs_per_worker: int = Field(default=32, ge=1, le=512, description="Of them in one process, a worker.")
+    spares: int = Field(
+        default=0, ge=0, description="Beyond them in each worker: reset ahead, while they wait for a place to act."
+    )
+    cpus_per_worker: float = Field(default=0.1, ge=0, description="Its share, as Ray counts; 1 in a cluster.")
     batches_ahead: float = Field(
         default=1.0, gt=0, description="No group begins while this many batches wait for the trainer."
     )
     max_turns: int = Field(default=16, ge=1, description="Of one attempt; then it is graded as it stands.")
     max_seconds: float = Field(default=300.0, gt=0, description="Of one attempt; then it is graded as it stands.")
+    max_grade_seconds: float = Field(default=120.0, gt=0, description="Of that verdict; then there is none.")
+    heartbeat_s: float = Field(default=30.0, gt=0, description="A worker that is silent for so long is replaced.")
+    idle_s: float = Field(default=60.0, gt=0, description="One that had nothing to do for so long is given up.")
     max_observation_chars: int = Field(default=16_000, ge=64, description="Longer ones lose their middle.")
     max_reply_tokens: int = Field(default=512, ge=1)
     temperature: float = Field(default=1.0, ge=0, le=2)
+
+    @property
+    def min_workers(self) -> int:
+        return math.ceil(self.min_envs / self.envs_per_worker)
+
+    @property
+    def max_workers(self) -> int:
+        return math.ceil(self.max_envs / self.envs_per_worker)
+
+    @property
+    def places(self) -> int:
+        """Environments that act in one worker, so that all have about as many."""
+        return math.ceil(self.max_envs / self.max_workers)
+
+    @model_validator(mode="after")
+    def _bounds(self) -> PoolSection:
+        if self.min_envs > self.max_envs:
+            raise ValueError(f"min_envs={self.min_envs} is above max_envs={self.max_envs}; lower it")
+        if self.spares > self.places:
+            raise ValueError(f"spares={self.spares} is more than the {self.places} that act in a worker; lower it")
+        return self
 
 
 class ChatSection(Section):

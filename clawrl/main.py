@@ -14,7 +14,6 @@ import shutil
 import socket
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
@@ -26,12 +25,13 @@ from ray import serve
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from clawrl import observe
-from clawrl.config import Config, PoolSection, model_path
+from clawrl.config import Config, model_path
 from clawrl.errors import ConfigError, JournalError
 from clawrl.journal.actor import Journal
 from clawrl.journal.store import JournalStore
 from clawrl.rollout.collector import Collector
-from clawrl.rollout.pool import EnvWorker, Pool, agent_of, make_env
+from clawrl.rollout.pool import Pool
+from clawrl.rollout.worker import agent_of, make_env, start_worker
 from clawrl.serving import app
 from clawrl.serving.keys import FILE, KeyRing, require_keys_beyond_loopback
 from clawrl.serving.local import is_loopback
@@ -45,7 +45,6 @@ log = logging.getLogger(__name__)
 
 NAMESPACE = "clawrl"
 TRAINER_CPUS = 0.2  # of each trainer worker; an embedded system shares few cores among many processes
-POOL_CPUS = 0.1  # of each worker of a pool
 FREE_DISK_MIB = 512
 STOP_S = 12.0
 LEFT_S = 15.0
@@ -158,8 +157,8 @@ class System:
         ).remote(loop, str(self.run_directory), cpus_per_worker=TRAINER_CPUS)
         for pool in config.pools:
             say(f"starting the pool {pool.name} ({pool.env})")
-            start_worker = partial(_start_worker, pool, self.url, config.policy.served_name, _reaching(config))
-            self._actor(f"pool-{pool.name}", Pool, pool, config.buffer.batch_size, journal, buffer, start_worker)
+            start = partial(start_worker, pool, self.url, config.policy.served_name, NAMESPACE, **_reaching(config))
+            self._actor(f"pool-{pool.name}", Pool, pool, config.buffer.batch_size, journal, buffer, start)
         say(f"serving {self.url} · run directory {self.run_directory}")
 
     def _actor(self, name: str, cls: type, *arguments: Any) -> Any:
@@ -377,14 +376,6 @@ def _here() -> NodeAffinitySchedulingStrategy:
 def _reaching(config: Config) -> dict[str, Any]:
     """Where workers of a pool can be that are to reach the gateway: anywhere, unless it listens to its machine only."""
     return {"scheduling_strategy": _here()} if is_loopback(config.gateway.host) else {}
-
-
-def _start_worker(pool: PoolSection, url: str, model: str, placement: dict[str, Any], index: int) -> Any:
-    """A process that holds environments; the pool that asks for it owns it, and starts another when it dies."""
-    options = {"num_cpus": POOL_CPUS, "max_concurrency": 1000, **placement}
-    name = f"{NAMESPACE}-pool-{pool.name}-{index}-{uuid.uuid4().hex[:6]}"
-    worker: Any = ray.remote(EnvWorker)
-    return worker.options(name=name, **options).remote(pool, url, model)
 
 
 def start_serve() -> None:

@@ -33,6 +33,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "trainer/loss_value": ("gauge", "Loss of the last step."),
     "trainer/lag_num": ("gauge", "Mean versions between sampling and training in the last batch."),
     "pool/episodes_num": ("counter", "Attempts of environments that ended, however they did."),
+    "pool/envs_num": ("gauge", "Environments that a pool's workers hold."),
     "pool/outcome_score": ("gauge", "Mean outcome of the newest group of attempts, -1 to 1."),
     "versions/latest_num": ("gauge", "Newest published version."),
     "versions/gate_rejections_num": ("counter", "Versions rejected before they served anybody."),

@@ -27,7 +27,7 @@ from clawrl.errors import ClawrlError, ConfigError
 from clawrl.main import System
 from clawrl.observe import set_up_logging
 from clawrl.rollout.agent import Attempt, run_episode
-from clawrl.rollout.pool import agent_of, caller_of, limits_of, make_env
+from clawrl.rollout.worker import agent_of, caller_of, limits_of, make_env
 from clawrl.types import Comparison, Episode
 from jobs.demo import Screen, Watch, innermost, told
 from jobs.report import BLUE, GREY, Interval, rolling, share_interval

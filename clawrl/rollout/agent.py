@@ -17,9 +17,10 @@ import asyncio
 import importlib
 import inspect
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -40,6 +41,7 @@ class Limits:
     seconds: float = 300.0
     observation_chars: int = 16_000
     reply_tokens: int = 512
+    grade_seconds: float = 120.0  # beyond `seconds`, for the verdict on an attempt that was cut short
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,100 +126,133 @@ async def run_episode(
     caller: Caller,
     limits: Limits,
     agent: Agent | None = None,
+    thread: Executor | None = None,
+    place: AbstractAsyncContextManager[Any] | None = None,
 ) -> Episode:
-    """Play one attempt to its end. The environment is called in a thread of its own, one call at a time."""
+    """Play one attempt to its end, by the turn loop or another agent. The environment is called in `thread` (of one
+    worker; None: one of its own), so that a call that was given up at a time limit ends before the next begins.
+
+    It is reset at once, acts while it has its `place`, and may take `limits.seconds` for each of the two.
+    """
+    if thread is None:
+        thread = ThreadPoolExecutor(1)
+        try:
+            return await run_episode(env, attempt, caller, limits, agent, thread, place)
+        finally:
+            thread.shutdown(wait=False)
+    run = _Run(env, attempt, caller, limits, agent, thread)
     started = time.monotonic()
-    with _OneThread() as thread:
-        run = _Run(env, attempt, caller, limits, thread, agent)
-        status, reason = await run.play(started + limits.seconds)
-        outcome = run.outcome
-        if outcome is None and status != "error" and run.task:
-            try:
-                outcome = float(await thread.call(env.unwrapped.verdict))  # type: ignore[attr-defined]
-            except Exception as error:
-                status, reason = "error", told(error)
+    status, reason = await run.within(limits.seconds, run.begin)
+    reset_s = time.monotonic() - started
+    async with place or nullcontext():
+        started = time.monotonic()
+        if status == "done":
+            status, reason = await run.within(limits.seconds, run.play)
+        if run.outcome is None and status != "error" and run.task:
+            graded, why = await run.within(limits.grade_seconds, run.grade)
+            if graded != "done":
+                status, reason = graded, f"{reason}; its verdict: {why}" if reason else why
+    seconds = reset_s + time.monotonic() - started
+    return ended(attempt, status, reason, seconds, task=run.task, outcome=run.outcome, rewards=tuple(run.rewards))
+
+
+def ended(
+    attempt: Attempt,
+    status: EpisodeStatus,
+    reason: str,
+    seconds: float,
+    *,
+    task: str = "",
+    outcome: float | None = None,
+    rewards: tuple[float, ...] = (),
+) -> Episode:
+    """The record of an attempt that ends now."""
     return Episode(
         session=attempt.session,
         source=attempt.source,
         group=attempt.group,
-        task=run.task,
+        task=task,
         group_size=attempt.group_size,
         status=status,
         outcome=outcome,
-        rewards=tuple(run.rewards),
+        rewards=rewards,
         reason=reason,
-        seconds=time.monotonic() - started,
+        seconds=seconds,
         at=time.time(),
     )
-
-
-class _OneThread:
-    """Calls one after the other: one that was given up at a time limit ends before the next begins."""
-
-    def __enter__(self) -> _OneThread:
-        self._executor = ThreadPoolExecutor(1)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._executor.shutdown(wait=False)
-
-    async def call(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(
-            self._executor, partial(function, *arguments, **named)
-        )  # fmt: skip
 
 
 class _Run:
     """An episode under way."""
 
     def __init__(
-        self, env: Any, attempt: Attempt, caller: Caller, limits: Limits, thread: _OneThread, agent: Agent | None
+        self, env: Any, attempt: Attempt, caller: Caller, limits: Limits, agent: Agent | None, thread: Executor
     ) -> None:
         self._env, self._attempt, self._caller, self._limits = env, attempt, caller, limits
-        self._call, self._agent = thread.call, agent
+        self._agent, self._thread = agent, thread
+        self._messages: list[Message] = []
+        self._tools: tuple[Any, ...] = ()
+        self._step: asyncio.Future[Any] | None = None  # the newest; it goes on when time is up
         self.task = ""
         self.rewards: list[float] = []
         self.outcome: float | None = None
 
-    async def play(self, deadline: float) -> tuple[EpisodeStatus, str]:
-        """(status, reason) at the end."""
+    async def within(
+        self, seconds: float, stage: Callable[[], Awaitable[tuple[EpisodeStatus, str]]]
+    ) -> tuple[EpisodeStatus, str]:
+        """(status, reason) at the end of a stage, however it ends."""
+        limit = asyncio.timeout(seconds)
         try:
-            async with asyncio.timeout(deadline - time.monotonic()):
-                messages, tools = await self._begin()
-                if self._agent is None:
-                    return await self._take_turns(messages, tools)
-                return await self._leave_to(self._agent, deadline)
-        except TimeoutError:
-            return "timeout", f"longer than {self._limits.seconds:g} s"
+            async with limit:
+                return await stage()
         except openai.OpenAIError as error:
             return "error", f"no reply: {told(error)}"
         except Exception as error:
-            return "error", told(error)
+            return ("timeout", f"longer than {seconds:g} s") if limit.expired() else ("error", told(error))
 
-    async def _begin(self) -> tuple[list[Message], tuple[Any, ...]]:
+    async def begin(self) -> tuple[EpisodeStatus, str]:
         chosen = {"task": self._attempt.number, "split": self._attempt.split}
         seen, facts = await self._call(self._env.reset, options=chosen)
-        self.task = facts["task"]
-        return self._shown(seen), facts["tools"]
+        self.task, self._tools = facts["task"], facts["tools"]
+        self._messages = self._shown(seen)
+        return "done", ""
 
-    async def _leave_to(self, agent: Agent, deadline: float) -> tuple[EpisodeStatus, str]:
+    async def play(self) -> tuple[EpisodeStatus, str]:
+        return await (self._take_turns() if self._agent is None else self._leave_to(self._agent))
+
+    async def _leave_to(self, agent: Agent) -> tuple[EpisodeStatus, str]:
         caller, attempt = self._caller, self._attempt
-        limits = replace(self._limits, seconds=deadline - time.monotonic())
         asking = (caller.url(attempt), caller.client.api_key, caller.model, caller.headers(attempt))
-        why = await self._call(agent, self._env.unwrapped, *asking, limits)
+        why = await self._call(agent, self._env.unwrapped, *asking, self._limits)
         return ("truncated", str(why)) if why else ("done", "")
 
-    async def _take_turns(self, messages: list[Message], tools: tuple[Any, ...]) -> tuple[EpisodeStatus, str]:
+    async def _take_turns(self) -> tuple[EpisodeStatus, str]:
         for _ in range(self._limits.turns):
-            action = await self._caller.reply(self._attempt, messages, tools, self._limits)
-            seen, reward, terminated, _, facts = await self._call(self._env.step, action)
-            outcome = facts.get("outcome")
-            self.rewards.append(float(reward) - (outcome or 0.0))
-            if terminated:
-                self.outcome = outcome
+            action = await self._caller.reply(self._attempt, self._messages, self._tools, self._limits)
+            self._step = self._call(self._env.step, action)
+            seen = await self._answer(self._step)
+            if self.outcome is not None:
                 return "done", ""
-            messages += [action, *self._shown(seen)]
+            self._messages += [action, *self._shown(seen)]
         return "truncated", f"more than {self._limits.turns} turns"
+
+    async def grade(self) -> tuple[EpisodeStatus, str]:
+        """The verdict on an attempt that was cut short: its last step's, if that ends it after all."""
+        if self._step is not None and not self._step.done():
+            await self._answer(self._step)
+        if self.outcome is None:
+            self.outcome = float(await self._call(self._env.unwrapped.verdict))
+        return "done", ""
+
+    async def _answer(self, step: asyncio.Future[Any]) -> tuple[Message, ...]:
+        seen, reward, terminated, _, facts = await asyncio.shield(step)
+        outcome = facts["outcome"] if terminated else None
+        self.rewards.append(float(reward) - (outcome or 0.0))
+        self.outcome = outcome
+        return seen
+
+    def _call(self, function: Callable[..., Any], *given: Any, **named: Any) -> asyncio.Future[Any]:
+        return asyncio.get_running_loop().run_in_executor(self._thread, partial(function, *given, **named))
 
     def _shown(self, messages: tuple[Message, ...]) -> list[Message]:
         return [cut(message, self._limits.observation_chars) for message in messages]

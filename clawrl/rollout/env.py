@@ -141,6 +141,14 @@ class AgentEnv(gymnasium.Env[tuple[Message, ...], Message], Generic[TaskT], ABC)
     def gold(self, task: TaskT) -> Sequence[Message]:
         """Assistant messages that solve the task one after the other, to prove that it can be solved."""
 
+    @classmethod
+    def reconcile(cls, run: str) -> None:
+        """Remove what killed processes of a run left on this machine. Called before a pool's worker makes the first.
+
+        An environment that makes what outlives its process (a sandbox) overrides it, and has an option `run` that
+        labels what it makes.
+        """
+
     # -- gymnasium's side --------------------------------------------------------------------------------------------
 
     def reset(

@@ -1,142 +1,100 @@
 """A pool of environments: groups of attempts at tasks, made as fast as the trainer takes their samples.
 
-    buffer: how much waits? ─► a new group of G attempts ─► workers (Ray actors) ─► run_episode ─► journal: Episode
-                                                              │ died                     └─► gateway: its turns
-                                                              └─► "lost", and another worker makes the attempt again
+    buffer: how much waits? ─► a group of G attempts ─► a seat each (`crew`) ─► worker: run_episode ─► journal: Episode
+                                                          │ the worker died          └─► gateway: its turns
+                                                          └─► "lost", and another worker makes the attempt again
 
-Knows attempts, workers and the journal's calls. Ignores what an environment does and how samples are made of a group
-(`comparing`). An attempt's session names it: asked for twice, a worker makes it once, and the journal keeps it once.
-A pool that is killed leaves groups that never end and are never compared; it begins new ones.
+Knows groups, attempts and the journal's calls. Ignores what an environment does, where workers come from (`crew`) and
+how samples are made of a group (`comparing`). A seat is a lease: it has a deadline, and the attempt's session names it,
+so that asking twice makes one episode. A pool that is killed leaves groups that never end and are never compared; it
+begins new ones.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import random
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
-import gymnasium
-import openai
-import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 
 from clawrl.config import PoolSection
-from clawrl.errors import EnvError, boundary
 from clawrl.observe import metric
-from clawrl.rollout.agent import Agent, Attempt, Caller, Limits, load_agent, run_episode, told
+from clawrl.rollout.agent import Attempt, ended, told
+from clawrl.rollout.crew import Crew, Worker
 from clawrl.types import Episode
 
 log = logging.getLogger(__name__)
 
-KEY = "CLAWRL_API_KEY"
-"""The environment variable with the pools' API key, where the gateway asks for one."""
 CREDIT_S = 0.2
 RETRY_S = 1.0
 ATTEMPTS = 3
 """So often an attempt is made whose worker dies."""
 GRACE_S = 30.0
-"""Beyond an attempt's own limit, after which its worker is taken for hung."""
+"""Beyond what its own limits allow, after which an attempt's worker is taken for hung."""
 
 
-def limits_of(settings: PoolSection) -> Limits:
-    return Limits(
-        settings.max_turns, settings.max_seconds, settings.max_observation_chars, settings.max_reply_tokens
-    )  # fmt: skip
-
-
-def make_env(settings: PoolSection) -> gymnasium.Env:
-    """One environment of a pool. Raises EnvError if there is none of this name."""
-    with boundary(EnvError, f"pools.{settings.name}: env={settings.env!r} cannot be made"):
-        return gymnasium.make(settings.env, disable_env_checker=True, **settings.options)
-
-
-def agent_of(settings: PoolSection) -> Agent | None:
-    """Who acts; None: the turn loop. Raises EnvError if there is no such agent."""
-    with boundary(EnvError, f"pools.{settings.name}"):
-        return load_agent(settings.agent, settings.agent_options)
-
-
-def caller_of(settings: PoolSection, url: str, model: str, *, side: bool = False) -> Caller:
-    client = openai.AsyncOpenAI(base_url=url, api_key=os.environ.get(KEY, "none"), timeout=settings.max_seconds)
-    return Caller(client, model, settings.temperature, side, settings.name)
-
-
-class EnvWorker:
-    """Async actor: attempts side by side, each in an environment of its own, which is used again for the next."""
-
-    def __init__(self, settings: PoolSection, url: str, model: str) -> None:
-        self._settings, self._caller, self._agent = settings, caller_of(settings, url, model), agent_of(settings)
-        self._idle: list[gymnasium.Env] = []
-        self._running: dict[str, asyncio.Task[Episode]] = {}
-
-    async def run(self, attempt: Attempt) -> Episode:
-        """The attempt's end; the same attempt asked for again is not made again."""
-        task = self._running.get(attempt.session)
-        if task is None:
-            task = self._running[attempt.session] = asyncio.create_task(self._run(attempt))
-            task.add_done_callback(lambda _: self._running.pop(attempt.session, None))
-        return await asyncio.shield(task)
-
-    async def _run(self, attempt: Attempt) -> Episode:
-        env = self._idle.pop() if self._idle else await asyncio.to_thread(make_env, self._settings)
-        episode = await run_episode(env, attempt, self._caller, limits_of(self._settings), self._agent)
-        if episode.status == "done":
-            self._idle.append(env)
-        else:  # in what state it is nobody knows
-            await asyncio.to_thread(env.close)
-        return episode
-
-    async def pid(self) -> int:
-        return os.getpid()
+def lease_s(settings: PoolSection) -> float:
+    """The longest that an attempt may have its seat: to be made and reset, to act, to be graded, and as long again to
+    wait for another that does so.
+    """
+    acting = settings.max_seconds + settings.max_grade_seconds
+    return 2 * settings.max_seconds + acting * (2 if settings.spares else 1) + GRACE_S
 
 
 class Pool:
-    """Async actor; it starts by itself. `journal` and `buffer` are handles, `start_worker` makes the i-th worker."""
+    """Async actor; it starts by itself. `journal` and `buffer` are handles, `start_worker` makes a worker."""
 
     def __init__(
-        self, settings: PoolSection, batch_size: int, journal: Any, buffer: Any, start_worker: Callable[[int], Any]
+        self, settings: PoolSection, batch_size: int, journal: Any, buffer: Any, start_worker: Callable[[], Any]
     ) -> None:
         self._settings, self._journal, self._buffer = settings, journal, buffer
         self._most_waiting = settings.batches_ahead * batch_size
-        self._start_worker = start_worker
-        self._workers = [start_worker(index) for index in range(settings.workers)]
-        self._load: Counter[int] = Counter()
+        self._crew = Crew(settings, start_worker)
         self._counts: Counter[str] = Counter()
-        self._groups: set[asyncio.Task[None]] = set()
-        self._issuing = asyncio.get_running_loop().create_task(self._issue())
+        self._groups: Counter[str] = Counter()  # attempts that have not ended, of each group under way
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._begin(self._issue())
 
     async def stats(self) -> dict[str, int]:
-        """Groups under way, and attempts by how they ended since the actor's start."""
-        return {"groups_under_way": len(self._groups), **self._counts}
+        """Groups, workers and environments there are, and attempts by how they ended since the actor's start."""
+        healths = self._crew.healths
+        return {
+            "groups_under_way": len(self._groups),
+            "workers": len(healths),
+            "workers_lost": self._crew.num_lost,
+            "environments": sum(health.environments for health in healths),
+            **self._counts,
+        }
 
     async def workers(self) -> list[int]:
         """Their process ids."""
-        return list(await asyncio.gather(*(worker.pid.remote() for worker in self._workers)))
+        return [health.pid for health in self._crew.healths]
 
     async def close(self) -> None:
-        """Begin nothing more; attempts under way are given up."""
-        tasks = [self._issuing, *self._groups]
+        """Begin nothing more; attempts under way are given up. Returns when the workers are gone."""
+        tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for worker in self._workers:
-            ray.kill(worker)
+        await self._crew.close()
 
     async def _issue(self) -> None:
+        """Begin groups for ever. The next one waits until the attempts of the one before all have seats."""
         while True:
-            while len(self._groups) >= self._settings.groups:
-                await asyncio.wait(self._groups, return_when=asyncio.FIRST_COMPLETED)
             await self._credit()
-            task = asyncio.create_task(self._group())
-            self._groups.add(task)
-            task.add_done_callback(self._ended)
+            group, number = f"{self._settings.name}-{uuid.uuid4().hex[:12]}", random.getrandbits(31)
+            size = self._settings.group_size
+            self._groups[group] = size
+            for index in range(size):
+                attempt = Attempt(self._settings.name, group, size, f"{group}-{index}", "train", number)
+                self._begin(self._attempt(attempt, await self._crew.seat()))
 
     async def _credit(self) -> None:
         """Wait until the trainer needs more: what it cannot take in time would be too old for it."""
@@ -150,53 +108,38 @@ class Pool:
                 await asyncio.sleep(RETRY_S)
             await asyncio.sleep(CREDIT_S)
 
-    async def _group(self) -> None:
-        name, number = f"{self._settings.name}-{uuid.uuid4().hex[:12]}", random.getrandbits(31)
-        size = self._settings.group_size
-        attempts = [
-            Attempt(self._settings.name, name, size, f"{name}-{index}", "train", number) for index in range(size)
-        ]
-        await asyncio.gather(*map(self._attempt, attempts))
-        self._counts["groups"] += 1
-
-    async def _attempt(self, attempt: Attempt) -> None:
+    async def _attempt(self, attempt: Attempt, worker: Worker) -> None:
         """One attempt to its recorded end, on another worker if its own dies."""
-        for trial in range(ATTEMPTS):
-            now = attempt if trial == 0 else replace(attempt, session=f"{attempt.session}-again{trial}")
-            episode = await self._made(now, last=trial == ATTEMPTS - 1)
-            await self._record(episode)
+        episode = await self._made(attempt, worker)
+        for trial in range(1, ATTEMPTS):
             if episode.status != "lost":
-                return
+                break
+            await self._record(episode)
+            again = replace(attempt, session=f"{attempt.session}-again{trial}")
+            episode = await self._made(again, await self._crew.seat())
+        if episode.status == "lost":
+            episode = replace(episode, status="error", reason=f"{episode.reason}, {ATTEMPTS} times")
+        await self._record(episode)
+        self._groups[attempt.group] -= 1
+        if not self._groups[attempt.group]:
+            del self._groups[attempt.group]
+            self._counts["groups"] += 1
 
-    async def _made(self, attempt: Attempt, *, last: bool) -> Episode:
-        """What became of it on the worker that has least to do."""
-        index = min(range(len(self._workers)), key=lambda each: self._load[each])
-        worker = self._workers[index]
-        self._load[index] += 1
+    async def _made(self, attempt: Attempt, worker: Worker) -> Episode:
+        """What became of it on the worker where it has its seat."""
         started = time.monotonic()
+        lease = asyncio.timeout(lease_s(self._settings))
         try:
-            async with asyncio.timeout(self._settings.max_seconds + GRACE_S):
-                return await worker.run.remote(attempt)
+            async with lease:
+                return await _ask(worker, attempt)
         except (RayActorError, TimeoutError) as error:
-            self._replace(index, worker)
-            reason = f"its worker died or hung ({type(error).__name__})"
-            status = "error" if last else "lost"
+            self._crew.lose(worker, type(error).__name__)
+            reason = "its worker died" if not lease.expired() else "its worker did not end it in time"
+            return ended(attempt, "lost", reason, time.monotonic() - started)
         except Exception as error:
-            status, reason = "error", told(error)
+            return ended(attempt, "error", told(error), time.monotonic() - started)
         finally:
-            self._load[index] -= 1
-        return Episode(
-            attempt.session, attempt.source, attempt.group, "", attempt.group_size, status, None, (), reason,
-            time.monotonic() - started, time.time(),
-        )  # fmt: skip
-
-    def _replace(self, index: int, worker: Any) -> None:
-        """Start another worker in the place of one that is gone, once."""
-        if self._workers[index] is worker:
-            log.warning("event=worker_lost pool=%s worker=%d", self._settings.name, index)
-            ray.kill(worker)
-            self._workers[index] = self._start_worker(index)
-            self._counts["workers_lost"] += 1
+            self._crew.leave(worker)
 
     async def _record(self, episode: Episode) -> None:
         self._counts[episode.status] += 1
@@ -208,7 +151,21 @@ class Pool:
                 log.warning("event=journal_unreachable error=%s retry_s=%g", type(error).__name__, RETRY_S)
                 await asyncio.sleep(RETRY_S)
 
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._groups.discard(task)
+        self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("event=defect pool=%s", self._settings.name, exc_info=error)
+
+
+async def _ask(worker: Worker, attempt: Attempt) -> Episode:
+    """The episode; asked for again, by the same name, where the network did not bring the answer."""
+    while True:
+        try:
+            return await worker.actor.run.remote(attempt)
+        except ActorUnavailableError:
+            await asyncio.sleep(RETRY_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
 import time
@@ -86,10 +87,17 @@ def _open(name: str, spec: SandboxSpec, label: Label) -> Sandbox:
 def reconcile(run: str) -> list[str]:
     """Remove what dead processes of a run left on this machine: processes, groups, folders, containers, images.
 
-    Gives the names of what was removed. What live processes hold, and other runs, are not touched.
+    Gives the names of what was removed. What live processes hold, and other runs, are not touched. One process does it
+    at a time.
     """
-    removed = []
     home = labels.home()
+    with (home / "reconcile.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _remove_dead(home, run)
+
+
+def _remove_dead(home: Path, run: str) -> list[str]:
+    removed = []
     for folder in (*home.glob("boxes/*"), *home.glob("snapshots/*"), *home.glob("layers/.new-*")):
         found = labels.read(folder)
         if found is None:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 from clawrl.errors import EnvError, SandboxError
 from clawrl.rollout.env import SPLITS, AgentEnv, Answer, Call, Opening, Split, calls, split_of
 from clawrl.types import Message, Tool
-from envs.sandbox import ExecResult, Sandbox, SandboxSpec, Shell, open_sandbox
+from envs.sandbox import ExecResult, Sandbox, SandboxSpec, Shell, open_sandbox, reconcile
 from envs.terminal.folders import read_tasks
 from envs.terminal.task import REWARD, REWARD_JSON, TerminalTask, pass_rate_of, reward_of
 from envs.terminal.tasks import make_own_task
@@ -154,6 +154,10 @@ class TerminalEnv(AgentEnv[TerminalTask]):
         script = message_of("write", path="/tmp/solution.sh", content=task.solution + "\n")
         go = message_of("run", command="bash /tmp/solution.sh", seconds=MAX_WAIT_S)
         return [*writes, script, go, message_of("submit")]
+
+    @classmethod
+    def reconcile(cls, run: str) -> None:
+        reconcile(run)
 
     def close(self) -> None:
         self._close_shell()

@@ -17,7 +17,7 @@ from clawrl.errors import EnvError
 from clawrl.rollout.agent import Attempt, Caller, Limits, load_agent, run_episode
 from clawrl.rollout.comparing import compare, outcome_advantages
 from clawrl.rollout.env import AgentEnv, Answer, Opening, Split, Task
-from clawrl.rollout.pool import agent_of
+from clawrl.rollout.worker import agent_of
 from clawrl.types import Episode, Message
 from envs.toolcall.env import ToolCallEnv
 

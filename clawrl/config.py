@@ -261,6 +261,7 @@ class PoolSection(Section):
     max_seconds: float = Field(default=300.0, gt=0, description="Of one attempt; then it is graded as it stands.")
     max_observation_chars: int = Field(default=16_000, ge=64, description="Longer ones lose their middle.")
     max_reply_tokens: int = Field(default=512, ge=1)
+    max_images: int = Field(default=2, ge=0, description="The newest of an attempt; a word stands for each older one.")
     temperature: float = Field(default=1.0, ge=0, le=2)
 
 

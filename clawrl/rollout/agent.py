@@ -27,16 +27,18 @@ from clawrl.errors import ClawrlError
 from clawrl.types import Episode, EpisodeStatus, Message
 
 CUT = "\n… {left} characters left out …\n"
+IMAGE_GONE = {"type": "text", "text": "[an earlier image]"}
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an episode may take. An observation that is too long is shown by its head and tail."""
+    """What an episode may take. Of a long observation head and tail are shown, of images the newest."""
 
     turns: int = 16
     seconds: float = 300.0
     observation_chars: int = 16_000
     reply_tokens: int = 512
+    images: int = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +152,8 @@ class _Run:
         self.task, tools = facts["task"], facts["tools"]
         messages = self._shown(seen)
         for _ in range(self._limits.turns):
-            action = await self._caller.reply(self._attempt, messages, tools, self._limits)
+            seen_now = newest_images(messages, self._limits.images)
+            action = await self._caller.reply(self._attempt, seen_now, tools, self._limits)
             seen, reward, terminated, _, facts = await self._call(self._env.step, action)
             outcome = facts.get("outcome")
             self.rewards.append(float(reward) - (outcome or 0.0))
@@ -165,12 +168,36 @@ class _Run:
 
 
 def _cut(message: Message, most: int) -> Message:
-    """The message with a text that is too long cut in the middle."""
-    text = message.get("content")
-    if not isinstance(text, str) or len(text) <= most:
-        return message
+    """The message with a text that is too long cut in the middle, also where it is one part of several."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**message, "content": _shortened(content, most)}
+    if isinstance(content, list):
+        parts = [{**part, "text": _shortened(part["text"], most)} if "text" in part else part for part in content]
+        return {**message, "content": parts}
+    return message
+
+
+def _shortened(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
     head = most // 2
-    return {**message, "content": text[:head] + CUT.format(left=len(text) - most) + text[len(text) - (most - head) :]}
+    return text[:head] + CUT.format(left=len(text) - most) + text[len(text) - (most - head) :]
+
+
+def newest_images(messages: list[Message], most: int) -> list[Message]:
+    """The messages with only the `most` newest images; a word stands in the place of each older one."""
+    shown, left = [], most
+    for message in reversed(messages):
+        content = message.get("content")
+        if isinstance(content, list):
+            parts = []
+            for part in reversed(content):
+                left -= part.get("type") == "image_url"
+                parts.append(part if left >= 0 or part.get("type") != "image_url" else IMAGE_GONE)
+            message = {**message, "content": parts[::-1]}
+        shown.append(message)
+    return shown[::-1]
 
 
 def told(error: Exception) -> str:

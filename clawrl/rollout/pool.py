@@ -47,7 +47,8 @@ GRACE_S = 30.0
 
 def limits_of(settings: PoolSection) -> Limits:
     return Limits(
-        settings.max_turns, settings.max_seconds, settings.max_observation_chars, settings.max_reply_tokens
+        settings.max_turns, settings.max_seconds, settings.max_observation_chars, settings.max_reply_tokens,
+        settings.max_images,
     )  # fmt: skip
 
 

@@ -69,7 +69,7 @@ class GuiEnv(AgentEnv[GuiTask]):
 
     def grade(self) -> float:
         browser, tab, site = self._open()
-        return browser.run(site.verdict(tab.page))
+        return browser.run(self._grade(tab, site))
 
     def gold(self, task: GuiTask) -> Sequence[Message]:
         """Read off a page of its own, so that the episode under way, if any, is not touched."""
@@ -109,6 +109,9 @@ class GuiEnv(AgentEnv[GuiTask]):
         if touched and self._images:
             messages.append({"role": "user", "content": [await _picture(tab)]})
         return Answer(tuple(messages))
+
+    async def _grade(self, tab: Tab, site: Site) -> float:
+        return await site.verdict(tab.page)
 
     async def _gold(self, browser: Browser, site: Site) -> Sequence[Message]:
         tab = await open_tab(browser.chromium, site)

@@ -38,6 +38,7 @@ _SHOWN_REF = re.compile(r"\[ref=(\w+)\]")
 _REF = re.compile(r"e\d+")
 _NAMED = re.compile(r'([a-z]+) ("(?:[^"\\]|\\.)*")')
 _POINT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*,\s*(\d+(?:\.\d+)?)\s*")
+_OPTIONS = "element => [...(element.options ?? [])].map(option => option.label)"
 _FRAME = "() => new Promise(done => requestAnimationFrame(() => setTimeout(done, 0)))"
 
 
@@ -75,7 +76,7 @@ class Tab:
         return await self.page.screenshot(type="jpeg", quality=JPEG_QUALITY, timeout=ACT_S * 1000)
 
     async def do(self, name: str, given: Mapping[str, Any]) -> str:
-        """Do an action whose arguments fit its schema; what came of it, in words. Raises EnvError or playwright's Error."""
+        """Do an action whose arguments fit its schema, and tell what came of it. Raises EnvError or playwright's."""
         try:
             said = await getattr(self, f"_{name}")(**given)
         except Unclear as error:
@@ -138,7 +139,7 @@ class Tab:
 
     async def _select(self, target: str, options: list[str]) -> str:
         found = await self._find(target)
-        labels = [text.strip() for text in await found.locator("option").all_text_contents()]
+        labels = await found.evaluate(_OPTIONS, timeout=ACT_S * 1000)
         if wrong := [option for option in options if option not in labels]:
             raise Unclear(f"{target} has no option {wrong[0]!r}; its options are {', '.join(labels) or 'none'}")
         await found.select_option(label=options, timeout=ACT_S * 1000)

@@ -21,7 +21,6 @@ from envs.gui.shop.world import (
     AGENTS,
     CATEGORIES,
     LOGIN,
-    PRIORITIES,
     STATES,
     Change,
     Row,
@@ -87,7 +86,7 @@ def _only(rows: Sequence[Row], *columns: int) -> list[Row]:
     return [row for row, key in zip(rows, keys, strict=True) if keys.count(key) == 1]
 
 
-# -- families ------------------------------------------------------------------------------------------------------------
+# -- families --------------------------------------------------------------------------------------------------------
 
 
 def reply(rng: random.Random, rows: Rows) -> Made:

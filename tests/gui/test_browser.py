@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import browsers, played, said
+from playing import browsers, played, said
 
 from clawrl.errors import EnvError
 from envs.gui import browser as walls

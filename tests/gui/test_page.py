@@ -4,7 +4,7 @@ import base64
 import re
 
 import pytest
-from conftest import said
+from playing import said
 
 from clawrl.types import Message
 from envs.gui.env import NO_CALL, GuiEnv

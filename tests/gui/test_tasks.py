@@ -8,8 +8,8 @@ from typing import Any
 
 import gymnasium
 import pytest
-from conftest import played
 from gymnasium.utils.env_checker import check_env
+from playing import played
 
 from clawrl.errors import EnvError
 from clawrl.rollout.agent import Attempt, Caller, Limits, run_episode

@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import parse_qs
 
 from playwright.async_api import Page
@@ -79,11 +79,25 @@ def draw_puzzle(make: Callable[[Sequence[str], str], Puzzle], rng: random.Random
     return replace(puzzle, buttons=tuple(rng.sample(puzzle.buttons, len(puzzle.buttons))))
 
 
+def shown(puzzle: Puzzle, typed: str = "") -> str:
+    """The page as the agent reads it, for demonstrations that are made without a browser."""
+    lines = [f"Panel {Panel.url}"]
+    if puzzle.has_field:
+        lines.append(f'- textbox "{FIELD}" ' + (f"[active] [ref=e1]: {typed}" if typed else "[ref=e1]"))
+    lines += [f'- button "{button}" [ref={ref_of(puzzle, button)}]' for button in puzzle.buttons]
+    return "\n".join(lines)
+
+
+def ref_of(puzzle: Puzzle, button: str) -> str:
+    return f"e{puzzle.buttons.index(button) + 1 + puzzle.has_field}"
+
+
 @dataclass(slots=True)
 class Panel(Site):
     """The page, and what was pressed on it. A wrong press ends the episode, and so does the last right one."""
 
     host = "panel.test"
+    url: ClassVar[str] = f"http://{host}/"
     puzzle: Puzzle
     pressed: list[Press] = field(default_factory=list)
 

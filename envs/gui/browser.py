@@ -47,7 +47,6 @@ class Browser:
         """Raises EnvError if it does not start."""
         self.executable, self.users = executable, 0
         self._hung = False
-        self._folder = tempfile.TemporaryDirectory(prefix="clawrl-browser-")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="browser", daemon=True)
         self._thread.start()
@@ -83,14 +82,14 @@ class Browser:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        self._folder.cleanup()
 
     async def _start(self) -> None:
         playwright = await async_playwright().start()
         try:
-            self.chromium: Chromium = await playwright.chromium.launch(
-                executable_path=self._walled(), args=list(FLAGS), chromium_sandbox=False
-            )
+            with tempfile.TemporaryDirectory(prefix="clawrl-browser-") as folder:
+                self.chromium: Chromium = await playwright.chromium.launch(
+                    executable_path=walled(self.executable, Path(folder)), args=list(FLAGS), chromium_sandbox=False
+                )
         except PlaywrightError:
             await playwright.stop()
             raise
@@ -101,14 +100,6 @@ class Browser:
             with suppress(PlaywrightError):
                 await self.chromium.close()
             await self._playwright.stop()
-
-    def _walled(self) -> str:
-        """A script that starts the executable in a network namespace of its own, with nothing in it."""
-        script = Path(self._folder.name, "chromium")
-        command = shlex.join([*no_network(), self.executable])
-        script.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
-        script.chmod(0o700)
-        return str(script)
 
 
 _lock = threading.Lock()
@@ -143,6 +134,14 @@ def find_browser(named: str | None = None) -> str:
     if named:
         raise EnvError(f"gui: browser={named!r} is no executable; name a chromium, or leave the option out")
     raise EnvError(f"gui: there is no {NAMES[0]} in PATH; install Debian's {NAMES[0]}, or name one (option browser)")
+
+
+def walled(executable: str, folder: Path) -> Path:
+    """A script that starts the executable in a network namespace of its own, with nothing in it."""
+    script = folder / "chromium"
+    script.write_text(f'#!/bin/sh\nexec {shlex.join([*no_network(), executable])} "$@"\n')
+    script.chmod(0o700)
+    return script
 
 
 @cache

@@ -226,7 +226,7 @@ class Tab:
             pass  # the page went away before its answer came
         except Exception as error:  # playwright would raise it from whatever call is the next, of any tab
             self._defect = error
-            await route.abort()
+            await route.abort("aborted")
         finally:
             self._under_way -= 1
 

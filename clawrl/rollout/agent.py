@@ -164,11 +164,11 @@ class _Run:
         return "truncated", f"more than {self._limits.turns} turns"
 
     def _shown(self, messages: tuple[Message, ...]) -> list[Message]:
-        return [_cut(message, self._limits.observation_chars) for message in messages]
+        return [cut(message, self._limits.observation_chars) for message in messages]
 
 
-def _cut(message: Message, most: int) -> Message:
-    """The message with a text that is too long cut in the middle, also where it is one part of several."""
+def cut(message: Message, most: int) -> Message:
+    """The message with a text of more than `most` characters cut in the middle, also where it is one part of several."""
     content = message.get("content")
     if isinstance(content, str):
         return {**message, "content": _shortened(content, most)}

@@ -23,7 +23,8 @@ class Layer:
 
 
 def layers(engine: Any, settings: PolicySection, chat: Any) -> dict[str, Layer]:
-    """The layers of `/v1/completions` and `/v1/responses`, by the policy's methods; `chat` is vLLM's handler."""
+    """The layers by the policy's methods; `chat` is vLLM's handler of `/v1/chat/completions`."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
@@ -53,6 +54,7 @@ def layers(engine: Any, settings: PolicySection, chat: Any) -> dict[str, Layer]:
         return _events(answer) if hasattr(answer, "__aiter__") else answer
 
     return {
+        "chat": Layer(ChatCompletionRequest, chat.create_chat_completion, "{}", "chatcmpl-{}"),
         "complete": Layer(CompletionRequest, completions.create_completion, "{}", "cmpl-{}-0"),
         "respond": Layer(ResponsesRequest, respond, "resp_{}", "resp_{}_0"),
     }

@@ -46,8 +46,7 @@ class Policy(Scorer):
             reasoning_parser=settings.reasoning_parser,
         )
         await self._adopt(engine)
-        self._chat = _openai_chat(self._engine, settings)
-        self._layers = layers(self._engine, settings, self._chat)
+        self._layers = layers(self._engine, settings, _openai_chat(self._engine, settings))
         self._failure: Exception | None = None
         self._canary_logprobs: tuple[np.ndarray, ...] | None = None
         if store is not None:
@@ -63,20 +62,8 @@ class Policy(Scorer):
 
         Streamed, the pieces are server-sent events without the final `[DONE]`; otherwise one piece is the JSON body.
         """
-        from pydantic import ValidationError
-        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-
-        try:
-            request = ChatCompletionRequest.model_validate({**body, "request_id": request_id})
-        except ValidationError as error:
-            yield _refused_validation(error)
-            return
-        recorder = self._engine.record(f"chatcmpl-{request_id}")
-        try:
-            async for piece in self._answer(self._chat.create_chat_completion, request, recorder):
-                yield piece
-        finally:
-            self._engine.forget(f"chatcmpl-{request_id}")
+        async for piece in self._serve(self._layers["chat"], body, request_id):
+            yield piece
 
     async def complete(self, body: dict[str, Any], request_id: str) -> AsyncIterator[str | Refused | Finished]:
         """The same for a text completion; of several prompts or choices the first is captured."""
@@ -92,11 +79,15 @@ class Policy(Scorer):
         self, layer: Layer, body: dict[str, Any], request_id: str
     ) -> AsyncIterator[str | Refused | Finished]:
         from pydantic import ValidationError
+        from vllm.exceptions import VLLMClientError
 
         try:
             request = layer.request.model_validate({**body, "request_id": layer.named.format(request_id)})
         except ValidationError as error:
             yield _refused_validation(error)
+            return
+        except VLLMClientError as error:
+            yield _refused(error)
             return
         captured = layer.captured.format(request_id)
         recorder = self._engine.record(captured)

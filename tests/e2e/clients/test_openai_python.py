@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import openai
 import pytest
 from pydantic import BaseModel
 from running import Server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+from envs.toolcall.stock import TOOLS
 
-TOOL: Any = {
-    "type": "function",
-    "function": {
-        "name": "calc",
-        "description": "Compute an arithmetic expression.",
-        "parameters": {
-            "type": "object",
-            "properties": {"sign": {"type": "string", "enum": ["plus", "minus"]}},
-            "required": ["sign"],
-            "additionalProperties": False,
-        },
-    },
-}
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 class Answer(BaseModel):
@@ -59,18 +47,18 @@ def test_streaming_with_usage(server: Server):
 
 
 def test_the_stream_helper_and_a_tool_round_trip(server: Server):
-    client, talk = server.client(), asked("SDK: add 12 and 30 with the tool.")
-    named: Any = {"type": "function", "function": {"name": "calc"}}
+    client, talk = server.client(), asked('How many "pears" are at "market" and "barn" together?')
+    tools, named = cast(Any, TOOLS), cast(Any, {"type": "function", "function": {"name": "lookup"}})
     with client.chat.completions.stream(
-        model="clawrl", messages=talk, tools=[TOOL], tool_choice=named, max_tokens=200
+        model="clawrl", messages=talk, tools=tools, tool_choice=named, max_tokens=200, temperature=0
     ) as stream:
         first = stream.get_final_completion()
     calls = first.choices[0].message.tool_calls
     assert calls
-    assert calls[0].function.name == "calc"
+    assert calls[0].function.name == "lookup"
     talk.append(first.choices[0].message.model_dump(exclude_none=True, exclude={"parsed"}))
     talk.append({"role": "tool", "tool_call_id": calls[0].id, "content": "42"})
-    second = client.chat.completions.create(model="clawrl", messages=talk, tools=[TOOL], max_tokens=60)
+    second = client.chat.completions.create(model="clawrl", messages=talk, tools=tools, max_tokens=60)
     turn = server.journal().turn(second.id)
     assert turn is not None
     assert turn.parent == first.id, turn.reason

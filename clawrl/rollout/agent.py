@@ -168,7 +168,7 @@ class _Run:
 
 
 def cut(message: Message, most: int) -> Message:
-    """The message with a text of more than `most` characters cut in the middle, also where it is one part of several."""
+    """The message with a text of over `most` characters cut in the middle, also where it is one part of several."""
     content = message.get("content")
     if isinstance(content, str):
         return {**message, "content": _shortened(content, most)}

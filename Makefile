@@ -101,7 +101,9 @@ setup:
 
 # Left out of the lock: torchvision, torchaudio and torchcodec are published as CUDA builds only, with which
 # `import vllm` fails on the CPU build of torch; triton (1 GB) generates GPU kernels and no CPU path needs it.
-LEFT_OUT := clawrl torchvision torchaudio torchcodec triton
+# selenium (and what only it brings) is wanted by miniwob's code, of which only the pages are used.
+LEFT_OUT := clawrl torchvision torchaudio torchcodec triton \
+    selenium pysocks outcome trio trio-websocket websocket-client wsproto
 
 define lock_lines
 import json, sys

@@ -281,6 +281,7 @@ class PoolSection(Section):
     idle_s: float = Field(default=60.0, gt=0, description="One that had nothing to do for so long is given up.")
     max_observation_chars: int = Field(default=16_000, ge=64, description="Longer ones lose their middle.")
     max_reply_tokens: int = Field(default=512, ge=1)
+    max_images: int = Field(default=2, ge=0, description="The newest of an attempt; a word stands for each older one.")
     temperature: float = Field(default=1.0, ge=0, le=2)
 
     @property

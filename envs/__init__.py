@@ -5,3 +5,4 @@ import gymnasium
 gymnasium.register("clawrl/ToolCall-v0", entry_point="envs.toolcall.env:ToolCallEnv", order_enforce=False)
 gymnasium.register("clawrl/Terminal-v0", entry_point="envs.terminal.env:TerminalEnv", order_enforce=False)
 gymnasium.register("clawrl/Drill-v0", entry_point="envs.terminal.drill:DrillEnv", order_enforce=False)
+gymnasium.register("clawrl/Gui-v0", entry_point="envs.gui.env:GuiEnv", order_enforce=False)

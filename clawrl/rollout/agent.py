@@ -31,17 +31,19 @@ from clawrl.errors import ClawrlError, EnvError, boundary
 from clawrl.types import Episode, EpisodeStatus, Message
 
 CUT = "\n… {left} characters left out …\n"
+IMAGE_GONE = {"type": "text", "text": "[an earlier image]"}
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an episode may take. An observation that is too long is shown by its head and tail."""
+    """What an episode may take. Of a long observation head and tail are shown, of images the newest."""
 
     turns: int = 16
     seconds: float = 300.0
     observation_chars: int = 16_000
     reply_tokens: int = 512
     grade_seconds: float = 120.0  # beyond `seconds`, for the verdict on an attempt that was cut short
+    images: int = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +230,8 @@ class _Run:
 
     async def _take_turns(self) -> tuple[EpisodeStatus, str]:
         for _ in range(self._limits.turns):
-            action = await self._caller.reply(self._attempt, self._messages, self._tools, self._limits)
+            shown = newest_images(self._messages, self._limits.images)
+            action = await self._caller.reply(self._attempt, shown, self._tools, self._limits)
             self._step = self._call(self._env.step, action)
             seen = await self._answer(self._step)
             if self.outcome is not None:
@@ -259,12 +262,36 @@ class _Run:
 
 
 def cut(message: Message, most: int) -> Message:
-    """The message with a text of more than `most` characters cut in the middle."""
-    text = message.get("content")
-    if not isinstance(text, str) or len(text) <= most:
-        return message
+    """The message with a text of over `most` characters cut in the middle, also where it is one part of several."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**message, "content": _shortened(content, most)}
+    if isinstance(content, list):
+        parts = [{**part, "text": _shortened(part["text"], most)} if "text" in part else part for part in content]
+        return {**message, "content": parts}
+    return message
+
+
+def _shortened(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
     head = most // 2
-    return {**message, "content": text[:head] + CUT.format(left=len(text) - most) + text[len(text) - (most - head) :]}
+    return text[:head] + CUT.format(left=len(text) - most) + text[len(text) - (most - head) :]
+
+
+def newest_images(messages: list[Message], most: int) -> list[Message]:
+    """The messages with only the `most` newest images; a word stands in the place of each older one."""
+    shown, left = [], most
+    for message in reversed(messages):
+        content = message.get("content")
+        if isinstance(content, list):
+            parts = []
+            for part in reversed(content):
+                left -= part.get("type") == "image_url"
+                parts.append(part if left >= 0 or part.get("type") != "image_url" else IMAGE_GONE)
+            message = {**message, "content": parts[::-1]}
+        shown.append(message)
+    return shown[::-1]
 
 
 def told(error: Exception) -> str:

@@ -59,6 +59,7 @@ def limits_of(settings: PoolSection) -> Limits:
         observation_chars=settings.max_observation_chars,
         reply_tokens=settings.max_reply_tokens,
         grade_seconds=settings.max_grade_seconds,
+        images=settings.max_images,
     )
 
 

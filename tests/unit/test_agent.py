@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from clawrl.errors import EnvError
-from clawrl.rollout.agent import Attempt, Caller, Limits, run_episode
+from clawrl.rollout.agent import IMAGE_GONE, Attempt, Caller, Limits, newest_images, run_episode
 from clawrl.rollout.env import AgentEnv, Answer, Opening, Split, Task
 from clawrl.types import Message
 
@@ -138,6 +138,39 @@ async def test_a_long_observation_is_shown_by_head_and_tail():
             assert message["content"].endswith("tail")
             assert "908 characters left out" in message["content"]
             assert len(message["content"]) < 150
+
+
+async def test_of_a_long_text_beside_an_image_the_middle_is_cut_too():
+    env = CountEnv(observation=[{"type": "text", "text": "head" + "x" * 1000 + "tail"}, picture(1)])  # type: ignore[arg-type]
+    caller = Scripted()
+    await run_episode(env, ATTEMPT, caller, Limits(observation_chars=100))
+    text, image = caller.shown[0][0]["content"]
+    assert text["text"].startswith("head")
+    assert "908 characters left out" in text["text"]
+    assert image == picture(1)
+
+
+async def test_only_the_newest_images_stay():
+    env = CountEnv(steps=4, observation=[{"type": "text", "text": "look"}, picture(1)])  # type: ignore[arg-type]
+    caller = Scripted()
+    await run_episode(env, ATTEMPT, caller, Limits(images=2))
+    for turn, messages in enumerate(caller.shown, 1):
+        kinds = [message["content"][1]["type"] for message in messages if message["role"] == "user"]
+        assert kinds == ["text"] * max(0, turn - 2) + ["image_url"] * min(turn, 2)
+    assert caller.shown[-1][0]["content"] == [{"type": "text", "text": "look"}, IMAGE_GONE]
+
+
+def test_which_of_several_images_in_a_message_stay():
+    messages = [{"role": "user", "content": [picture(1), picture(2)]}, {"role": "user", "content": [picture(3)]}]
+    shown = newest_images(messages, 2)
+    assert [part for message in shown for part in message["content"]] == [IMAGE_GONE, picture(2), picture(3)]
+    assert newest_images(messages, 3) == messages
+    assert messages[0]["content"][0] == picture(1)
+    assert all(part == IMAGE_GONE for message in newest_images(messages, 0) for part in message["content"])
+
+
+def picture(number: int) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{number}"}}
 
 
 async def test_calls_go_out_as_any_clients():

@@ -101,7 +101,10 @@ setup:
 
 # Left out of the lock: torchvision, torchaudio and torchcodec are published as CUDA builds only, with which
 # `import vllm` fails on the CPU build of torch; triton (1 GB) generates GPU kernels and no CPU path needs it.
-LEFT_OUT := clawrl torchvision torchaudio torchcodec triton
+# Nor what mini-swe-agent and swebench need for command lines, clouds and web pages only (litellm alone is 200 MB).
+LEFT_OUT := clawrl torchvision torchaudio torchcodec triton \
+	litellm fastuuid importlib-metadata zipp boto3 botocore s3transfer textual linkify-it-py mdit-py-plugins \
+	prompt-toolkit wcwidth ghapi fastcore gitpython gitdb smmap beautifulsoup4 soupsieve chardet types-certifi types-toml
 
 define lock_lines
 import json, sys

@@ -4,3 +4,4 @@ import gymnasium
 
 gymnasium.register("clawrl/ToolCall-v0", entry_point="envs.toolcall.env:ToolCallEnv", order_enforce=False)
 gymnasium.register("clawrl/Terminal-v0", entry_point="envs.terminal.env:TerminalEnv", order_enforce=False)
+gymnasium.register("clawrl/Swe-v0", entry_point="envs.swe.env:SweEnv", order_enforce=False)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from clawrl.errors import EnvError, SandboxError
 from clawrl.rollout.env import SPLITS, AgentEnv, Answer, Opening, Split, calls, split_of
 from clawrl.types import Message, Tool
-from envs.sandbox import GIB, Sandbox, SandboxSpec, Shell, open_sandbox
+from envs.sandbox import GIB, Sandbox, SandboxSpec, Shell, open_sandbox, reconcile
 from envs.swe.grading import GIT_S, MAX_PATCH, Report, judge
 from envs.swe.image import prepare
 from envs.swe.task import REPO, SweTask, read_tasks
@@ -86,10 +86,12 @@ DIFF = f"""
 set -e
 cd {REPO}
 export GIT_INDEX_FILE="$(mktemp -u)"
+patch="$(mktemp)"
 git read-tree "$1"
 git add -A
 git diff --cached --binary --no-color --no-ext-diff --no-textconv --src-prefix=a/ --dst-prefix=b/ "$1" -- . \
-':(exclude,glob)**/__pycache__/**' ':(exclude,glob)**/.pytest_cache/**' ':(exclude,glob)**/*.pyc' >/tmp/submission.diff
+':(exclude,glob)**/__pycache__/**' ':(exclude,glob)**/.pytest_cache/**' ':(exclude,glob)**/*.pyc' >"$patch"
+echo "$patch"
 """
 """The work tree against the base commit, new files too, whatever the agent committed; an index of its own."""
 
@@ -151,6 +153,11 @@ class SweEnv(AgentEnv[SweTask]):
         command = f"git apply <<'END_OF_GOLD'\n{task.gold_patch.rstrip(chr(10))}\nEND_OF_GOLD"
         return [message_of("bash", command=command), message_of("submit")]
 
+    @classmethod
+    def reconcile(cls, run: str) -> None:
+        """Remove the sandboxes that killed processes of a run left on this machine."""
+        reconcile(run)
+
     def close(self) -> None:
         self._close_shell()
         self._desk.close()
@@ -183,10 +190,10 @@ class SweEnv(AgentEnv[SweTask]):
 
     def _submission(self) -> bytes:
         """The patch; empty where the agent broke its repository beyond that, or made it too large to be one."""
-        done = self.sandbox.exec(["sh", "-c", DIFF, "sh", self._base], GIT_S)
+        done = self.sandbox.exec(["sh", "-c", DIFF, "sh", self._base], GIT_S, merge=False)
         if not done.ok:
             return b""
-        patch = self.sandbox.read_file("/tmp/submission.diff", MAX_PATCH)
+        patch = self.sandbox.read_file(done.output.strip(), MAX_PATCH)
         return b"" if len(patch) >= MAX_PATCH else patch
 
     def _bash(self, command: str, seconds: float = COMMAND_S) -> str:
@@ -216,7 +223,6 @@ class Place:
         self._sandbox: Sandbox | None = None
 
     def fresh(self, image: str) -> Sandbox:
-        prepare(image)
         spec = SandboxSpec(
             image, 2 * GIB, disk=2 * GIB, timeout=COMMAND_S, limits=self._limits, workdir=REPO,
             env={"PAGER": "cat", "GIT_PAGER": "cat", "TERM": "dumb"},
@@ -226,6 +232,7 @@ class Place:
                 self._sandbox.reset()
                 return self._sandbox
         self.close()
+        prepare(image)
         self._sandbox = open_sandbox(spec, self._backend, self._run)
         return self._sandbox
 

@@ -93,7 +93,7 @@ def read_task(folder: Path) -> SweTask:
 
 def files_of(patch: str) -> set[str]:
     """The files that a patch of ours touches, by its `diff --git` lines. Not for patches of an agent: ask git."""
-    return {name for pair in re.findall(r"^diff --git a/(\S+) b/(\S+)$", patch, re.MULTILINE) for name in pair}
+    return {name for pair in re.findall(r"^diff --git a/(.+) b/(.+)$", patch, re.MULTILINE) for name in pair}
 
 
 def _tests(path: Path) -> dict[str, list[str]]:

@@ -211,6 +211,21 @@ def test_tests_that_fail_their_own_gold_patch_are_the_tasks_fault(home: Path, tm
         env.close()
 
 
+def test_a_script_that_brings_no_tests_gets_them(home: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(OWN_TASKS / TOTALS, tmp_path / TOTALS))
+    script = (folder / "eval.sh").read_text()
+    (folder / "eval.sh").write_text(script[: script.index("rm -f")] + script[script.index(": '>>>>> Start") :])
+    env = make_env(folder=folder)
+    try:
+        begin(env, TOTALS)
+        assert env.task is not None
+        assert not env.task.brings_tests
+        env.step(env.gold(env.task)[0])
+        assert submit(env)[1]["fail_to_pass"] == (4, 4)
+    finally:
+        env.close()
+
+
 def test_an_image_without_a_repository_is_named(home: Path, tmp_path: Path):
     folder = Path(shutil.copytree(OWN_TASKS / TOTALS, tmp_path / TOTALS))
     (folder / "Dockerfile").write_text("FROM clawrl-python\nRUN mkdir /testbed\n")

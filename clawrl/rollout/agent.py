@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -77,16 +80,17 @@ class Caller:
 async def run_episode(
     env: gymnasium.Env[tuple[Message, ...], Message], attempt: Attempt, caller: Caller, limits: Limits
 ) -> Episode:
-    """Play one attempt to its end. The environment is called in a thread, one call at a time."""
-    run = _Run(env, attempt, caller, limits)
+    """Play one attempt to its end. The environment is called in a thread of its own, one call at a time."""
     started = time.monotonic()
-    status, reason = await run.play(started + limits.seconds)
-    outcome = run.outcome
-    if outcome is None and status in ("truncated", "timeout") and run.task:
-        try:
-            outcome = float(await asyncio.to_thread(env.unwrapped.grade))  # type: ignore[attr-defined]
-        except Exception as error:
-            status, reason = "error", told(error)
+    with _OneThread() as thread:
+        run = _Run(env, attempt, caller, limits, thread)
+        status, reason = await run.play(started + limits.seconds)
+        outcome = run.outcome
+        if outcome is None and status in ("truncated", "timeout") and run.task:
+            try:
+                outcome = float(await thread.call(env.unwrapped.grade))  # type: ignore[attr-defined]
+            except Exception as error:
+                status, reason = "error", told(error)
     return Episode(
         session=attempt.session,
         source=attempt.source,
@@ -102,11 +106,28 @@ async def run_episode(
     )
 
 
+class _OneThread:
+    """Calls one after the other: one that was given up at a time limit ends before the next begins."""
+
+    def __enter__(self) -> _OneThread:
+        self._executor = ThreadPoolExecutor(1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._executor.shutdown(wait=False)
+
+    async def call(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(
+            self._executor, partial(function, *arguments, **named)
+        )  # fmt: skip
+
+
 class _Run:
     """An episode under way."""
 
-    def __init__(self, env: Any, attempt: Attempt, caller: Caller, limits: Limits) -> None:
+    def __init__(self, env: Any, attempt: Attempt, caller: Caller, limits: Limits, thread: _OneThread) -> None:
         self._env, self._attempt, self._caller, self._limits = env, attempt, caller, limits
+        self._call = thread.call
         self.task = ""
         self.rewards: list[float] = []
         self.outcome: float | None = None
@@ -125,12 +146,12 @@ class _Run:
 
     async def _play(self) -> tuple[EpisodeStatus, str]:
         chosen = {"task": self._attempt.number, "split": self._attempt.split}
-        seen, facts = await asyncio.to_thread(self._env.reset, options=chosen)
+        seen, facts = await self._call(self._env.reset, options=chosen)
         self.task, tools = facts["task"], facts["tools"]
         messages = self._shown(seen)
         for _ in range(self._limits.turns):
             action = await self._caller.reply(self._attempt, messages, tools, self._limits)
-            seen, reward, terminated, _, facts = await asyncio.to_thread(self._env.step, action)
+            seen, reward, terminated, _, facts = await self._call(self._env.step, action)
             outcome = facts.get("outcome")
             self.rewards.append(float(reward) - (outcome or 0.0))
             if terminated:
@@ -140,11 +161,11 @@ class _Run:
         return "truncated", f"more than {self._limits.turns} turns"
 
     def _shown(self, messages: tuple[Message, ...]) -> list[Message]:
-        return [_cut(message, self._limits.observation_chars) for message in messages]
+        return [cut(message, self._limits.observation_chars) for message in messages]
 
 
-def _cut(message: Message, most: int) -> Message:
-    """The message with a text that is too long cut in the middle."""
+def cut(message: Message, most: int) -> Message:
+    """The message with a text of more than `most` characters cut in the middle."""
     text = message.get("content")
     if not isinstance(text, str) or len(text) <= most:
         return message

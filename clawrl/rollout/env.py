@@ -195,9 +195,10 @@ def calls(action: Message, tools: Sequence[Tool]) -> list[Call]:
 
 
 def _checked(position: int, call: Any, known: Mapping[str, dict[str, Any]]) -> Call:
-    function = call.get("function") if isinstance(call, dict) else None
+    call = call if isinstance(call, dict) else {}
+    function = call.get("function")
     function = function if isinstance(function, dict) else {}
-    identity, name = str((call or {}).get("id") or f"call_{position}"), str(function.get("name") or "")
+    identity, name = str(call.get("id") or f"call_{position}"), str(function.get("name") or "")
     if name not in known:
         return Call(identity, name, {}, f"error: there is no tool {name!r}; the tools are {', '.join(known)}")
     raw = function.get("arguments")

@@ -74,8 +74,9 @@ class Recorder:
         if self.finish_reason is None:
             raise PolicyError("the engine ended a reply without a finish reason; nothing of it was captured")
         none = [np.empty((0, 1 + self.support))]
-        token_ids = np.concatenate(self._token_ids or none).astype(np.int32)
-        logprobs = np.concatenate(self._logprobs or none).astype(np.float32)
+        kept = slice(len(self.completion_ids))  # what was sampled beyond a stop string is no part of the reply
+        token_ids = np.concatenate(self._token_ids or none)[kept].astype(np.int32)
+        logprobs = np.concatenate(self._logprobs or none)[kept].astype(np.float32)
         capture = Capture(
             prompt_ids=np.asarray(self.prompt_ids, np.int32),
             completion_ids=np.asarray(self.completion_ids, np.int32),

@@ -23,7 +23,7 @@ PROGRAMS = (
     "sh bash cat ls cp mv rm ln mkdir rmdir touch chmod chown stat du df dd tee head tail sort uniq wc cut tr nl tac "
     "paste join comm split seq shuf od sha256sum md5sum base64 basename dirname readlink realpath mktemp install "
     "truncate fold date sleep timeout env printenv printf echo true false test [ expr yes id whoami uname hostname pwd "
-    "tty stty nproc kill ps pgrep pkill setsid setpriv unshare script grep egrep fgrep sed awk mawk find xargs diff "
+    "tty stty nproc kill ps pgrep pkill nohup setsid setpriv unshare script grep egrep fgrep sed awk mawk find xargs diff "
     "cmp patch tar gzip gunzip zcat bzip2 xz which getopt file less git make"
 ).split()
 """Taken along if the machine has them; sh, cat, mkdir and tar must be there."""

@@ -82,7 +82,8 @@ class TerminalEnv(AgentEnv[TerminalTask]):
     ) -> None:
         super().__init__()
         self._folder_tasks = None if folder is None else read_tasks(Path(folder))
-        self._backend, self._limits, self._run_label = backend, limits, run
+        self._backend, self._run_label = backend, run
+        self._limits: Literal["enforce", "best_effort"] = limits
         self._sandbox: Sandbox | None = None
         self._shell: Shell | None = None
 

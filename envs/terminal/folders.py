@@ -53,7 +53,8 @@ def _harbor(folder: Path) -> TerminalTask:
         told = tomllib.loads((folder / "task.toml").read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise EnvError(f"{folder / 'task.toml'} is not valid TOML: {error}") from error
-    world, verifier = (_table(told, folder, name) for name in ("environment", "verifier"))
+    world, verifier, solution = (_table(told, folder, name) for name in ("environment", "verifier", "solution"))
+    _refuse_what_is_not_done(folder, told, world)
     dockerfile = folder / "environment" / "Dockerfile"
     image = world.get("docker_image") or str(_there(dockerfile).parent)
     _there(folder / "tests" / "test.sh")
@@ -63,7 +64,7 @@ def _harbor(folder: Path) -> TerminalTask:
         image=image,
         workdir=_workdir(dockerfile),
         tests=_files(folder / "tests", "tests"),
-        solution="bash /solution/solve.sh" if (folder / "solution" / "solve.sh").is_file() else "",
+        solution=_solution(folder, _strings(solution.get("env"), folder)),
         solution_files=_files(folder / "solution", "solution"),
         env=_strings(world.get("env"), folder),
         verify_env=_strings(verifier.get("env"), folder),
@@ -75,11 +76,26 @@ def _harbor(folder: Path) -> TerminalTask:
     )
 
 
+def _refuse_what_is_not_done(folder: Path, told: Mapping[str, Any], world: Mapping[str, Any]) -> None:
+    """Raises EnvError for Harbor tasks of several containers or steps, and for those that need a GPU."""
+    if (folder / "environment" / "docker-compose.yaml").is_file():
+        raise EnvError(f"{folder}: environment/docker-compose.yaml is not supported; a task has one container")
+    if told.get("steps"):
+        raise EnvError(f"{folder / 'task.toml'}: steps are not supported; make each step a task of its own")
+    if world.get("gpus"):
+        raise EnvError(f"{folder / 'task.toml'}: gpus = {world['gpus']!r} is not supported; sandboxes have no GPU")
+
+
+def _solution(folder: Path, env: Mapping[str, str]) -> str:
+    """Shell text that runs solution/solve.sh with the variables of [solution.env]; empty if there is none."""
+    if not (folder / "solution" / "solve.sh").is_file():
+        return ""
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in env.items()]
+    return "\n".join([*exports, "bash /solution/solve.sh"])
+
+
 def _terminal_bench(folder: Path) -> TerminalTask:
-    try:
-        told = yaml.safe_load(_text(folder / "task.yaml"))
-    except yaml.YAMLError as error:
-        raise EnvError(f"{folder / 'task.yaml'} is not valid YAML: {error}") from error
+    told = _yaml(folder / "task.yaml")
     if not isinstance(told, dict) or not isinstance(told.get("instruction"), str):
         raise EnvError(f"{folder / 'task.yaml'} has no instruction; add `instruction: |` and the text")
     if (parser := told.get("parser_name", "pytest")) != "pytest":
@@ -106,9 +122,18 @@ def _old_solution(folder: Path) -> str:
     if (folder / "solution.sh").is_file():
         return _text(folder / "solution.sh")
     if (folder / "solution.yaml").is_file():
-        told = yaml.safe_load(_text(folder / "solution.yaml")) or []
-        return "\n".join(str(each["command"]) for each in told if isinstance(each, dict) and "command" in each)
+        told = _yaml(folder / "solution.yaml")
+        if not isinstance(told, list) or not all(isinstance(each, dict) and "command" in each for each in told):
+            raise EnvError(f"{folder / 'solution.yaml'} must be a list with a `command` in each item")
+        return "\n".join(str(each["command"]) for each in told)
     return ""
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(_text(path))
+    except yaml.YAMLError as error:
+        raise EnvError(f"{path} is not valid YAML: {error}") from error
 
 
 def _workdir(dockerfile: Path) -> str | None:
@@ -151,7 +176,11 @@ def _table(told: Mapping[str, Any], folder: Path, name: str) -> Mapping[str, Any
 def _strings(value: Any, folder: Path) -> dict[str, str]:
     if not isinstance(value or {}, dict):
         raise EnvError(f"{folder}: env = {value!r} must be a table of strings")
-    return {str(key): str(each) for key, each in (value or {}).items()}
+    found = {str(key): str(each) for key, each in (value or {}).items()}
+    for key, text in found.items():
+        if "${" in text:
+            raise EnvError(f"{folder}: env {key} = {text!r} asks for a variable of this machine; write its value instead")
+    return found
 
 
 def _number(told: Mapping[str, Any], name: str, default: float, folder: Path) -> float:

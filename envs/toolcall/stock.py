@@ -82,7 +82,7 @@ def run_tool(task: ToolTask, name: str, arguments: dict) -> str:
         if arguments.get("item") != task.item or arguments.get("place") not in task.places:
             return "error: not found"
         return str(task.counts[task.places.index(arguments["place"])])
-    found = re.fullmatch(r"\s*(\d+)\s*([+-])\s*(\d+)\s*", str(arguments.get("expression", "")))
+    found = re.fullmatch(r"\s*(\d{1,15})\s*([+-])\s*(\d{1,15})\s*", str(arguments.get("expression", "")))
     if name == "calc" and found:
         left, sign, right = found.groups()
         return str(int(left) + int(right) if sign == "+" else int(left) - int(right))

@@ -76,7 +76,7 @@ CASES = {
         post(b'{"messages": [{"role": "user", "content": "hi"}], "max_tokens": ' + b"9" * 5000 + b"}"),
         400,
     ),
-    "long session": (post(HI, JSON + "x-session-id: " + "s" * 600 + "\r\n"), 400),
+    "long session": (post(HI, JSON + "x-session-id: " + "s" * 1001 + "\r\n"), 400),
     "two kinds": (post(HI, JSON + "x-turn-type: main, side\r\n"), 400),
     "half an opt-out": (post(HI, JSON + "x-train: no no\r\n"), 400),
     "11 MiB": (post(b"x" * (11 << 20)), 413),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from clawrl.algorithms.losses import (
+    Loss,
     Targets,
     clipped_policy_loss,
     sequence_policy_loss,

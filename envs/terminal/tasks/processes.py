@@ -31,7 +31,7 @@ def serve_file(rng: random.Random) -> Made:
     return Made(
         f"Serve the folder /work/site over HTTP on 127.0.0.1, port {port}, so that /{name}.txt can be had there. The "
         "server must go on running in the background, without your terminal.",
-        f"cd site\nsetsid nohup python3 -m http.server {port} --bind 127.0.0.1 </dev/null >/dev/null 2>&1 &\n"
+        f"cd site\nsetsid python3 -m http.server {port} --bind 127.0.0.1 </dev/null >/dev/null 2>&1 &\n"
         f"for i in $(seq 50); do if (echo > /dev/tcp/127.0.0.1/{port}) 2>/dev/null; then break; fi; sleep 0.1; done",
         files={f"site/{name}.txt": text},
         goals=[f'[ "$(python3 -c "{ask}")" = \'{text}\' ]'],

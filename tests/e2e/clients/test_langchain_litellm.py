@@ -37,7 +37,7 @@ talk += [first, HumanMessage("Are you sure?")]
 second = model.invoke(talk)
 streamed = "".join(chunk.content for chunk in model.stream("LangChain: count to three."))
 structured = model.with_structured_output(Answer, method="json_schema").invoke("LangChain: 3 and 4?")
-called = model.bind_tools([calc], tool_choice="calc").invoke("LangChain: use the tool.")
+called = model.bind_tools([calc], tool_choice="any", strict=True, temperature=0).invoke("LangChain: use the tool.")
 back = model.invoke([HumanMessage("LangChain: use the tool."), called,
                      ToolMessage("42", tool_call_id=called.tool_calls[0]["id"])])
 print(json.dumps({

@@ -26,6 +26,8 @@ from envs.swe.patches import is_test
 from envs.swe.task import MARKS, REPO, SweTask, files_of, read_task
 
 PASSED = ("PASSED", "XFAIL")
+RUNS = 2
+"""On each tree, to see which tests do not end alike."""
 SKIPPED = {".git", "__pycache__", ".pytest_cache", ".tox", ".venv", "PKG-INFO"}
 DOCKERFILE = f"""\
 FROM clawrl-python
@@ -77,7 +79,7 @@ def build(draft: Draft, out: Path, place: Place) -> SweTask:
         _find_tests(folder, place)
         task = read_task(folder)
         if (report := judge(task, task.gold_patch.encode(), place.fresh(task.image))).status != "resolved":
-            raise NoTask(f"its own gold patch does not pass a second time ({report.status})")
+            raise NoTask(f"its own gold patch does not pass once more ({report.status})")
         return task
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -134,17 +136,21 @@ def _eval(tests: str, old: Path, roots: Iterable[str]) -> str:
 
 
 def _find_tests(folder: Path, place: Place) -> None:
-    """Write tests.json by running them on both trees. Raises NoTask if none tells the trees apart."""
+    """Write tests.json by running them on both trees. Raises NoTask if none tells the trees apart.
+
+    Tests that pass at one time and fail at another on the same tree are left out.
+    """
     (folder / "tests.json").write_text('{"FAIL_TO_PASS": ["unknown"], "PASS_TO_PASS": []}')
     task = read_task(folder)
-    before, after = (_passing(task, patch, place) for patch in ("", task.gold_patch))
-    if not after:
+    runs = [[_passing(task, patch, place) for _ in range(RUNS)] for patch in ("", task.gold_patch)]
+    (ever, always), (ever_after, always_after) = ((set.union(*each), set.intersection(*each)) for each in runs)
+    if not always_after:
         raise NoTask("no test passes with the new sources")
-    if not after - before:
+    if not always_after - ever:
         raise NoTask("every test that passes with the new sources passes with the old ones")
-    if before - after:
-        raise NoTask(f"{len(before - after)} tests pass with the old sources only")
-    tests = {"FAIL_TO_PASS": sorted(after - before), "PASS_TO_PASS": sorted(after & before)}
+    if always - ever_after:
+        raise NoTask(f"{len(always - ever_after)} tests pass with the old sources only")
+    tests = {"FAIL_TO_PASS": sorted(always_after - ever), "PASS_TO_PASS": sorted(always_after & always)}
     (folder / "tests.json").write_text(json.dumps(tests, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -31,8 +31,6 @@ PAIRS = (
     ("sqlparse", "0.5.4", "0.5.5"),
     ("tomlkit", "0.13.1", "0.13.2"),
     ("tomlkit", "0.13.2", "0.13.3"),
-    ("mistune", "3.3.2", "3.3.3"),
-    ("mistune", "3.3.3", "3.3.4"),
     ("cachetools", "7.2.7", "7.2.8"),
 )
 """Pure Python without dependencies, tests and changelog in the sdist."""

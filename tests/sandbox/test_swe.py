@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,8 @@ from clawrl.errors import EnvError
 from clawrl.rollout.agent import Limits
 from clawrl.rollout.env import SPLITS
 from envs.sandbox.mapped import missing
-from envs.swe.env import OWN_TASKS, SweEnv, message_of
+from envs.swe.building import Draft, NoTask, build
+from envs.swe.env import OWN_TASKS, Place, SweEnv, message_of
 
 pytestmark = pytest.mark.sandbox
 
@@ -260,6 +262,28 @@ def bash_of(env: SweEnv, **arguments: Any) -> str:
 
 def test_it_is_an_environment_to_gymnasium(env: SweEnv):
     check_env(env, skip_render_check=True)
+
+
+def test_a_task_is_made_of_two_trees_by_running_both(home: Path, tmp_path: Path):
+    own, old, new = OWN_TASKS / TOTALS, tmp_path / "old", tmp_path / "new"
+    for tree in (old, new):
+        shutil.copytree(own / "repo", tree)
+    for patch in ("gold.patch", "test.patch"):
+        subprocess.run(
+            ["git", "apply", str(own / patch)], cwd=new, check=True, env={**os.environ, "GIT_DIR": os.devnull}
+        )
+    place = Place("auto", "enforce" if os.getuid() == 0 else "best_effort", "tests")
+    try:
+        made = build(Draft("again", old, new, "Totals are missing.", "own/tally", "0.3"), tmp_path, place)
+        for name in ("gold.patch", "test.patch", "eval.sh", "tests.json"):
+            assert (tmp_path / "again" / name).read_text() == (own / name).read_text(), name
+        assert made.statement == "Totals are missing."
+        (new / "tally" / "tables.py").write_text((old / "tally" / "tables.py").read_text() + "# another line\n")
+        with pytest.raises(NoTask, match="passes with the old ones"):
+            build(Draft("again", old, new, "", "own/tally", "0.3"), tmp_path, place)
+        assert not (tmp_path / "again").exists()
+    finally:
+        place.close()
 
 
 @contextmanager

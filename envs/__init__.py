@@ -6,3 +6,4 @@ gymnasium.register("clawrl/ToolCall-v0", entry_point="envs.toolcall.env:ToolCall
 gymnasium.register("clawrl/Terminal-v0", entry_point="envs.terminal.env:TerminalEnv", order_enforce=False)
 gymnasium.register("clawrl/Drill-v0", entry_point="envs.terminal.drill:DrillEnv", order_enforce=False)
 gymnasium.register("clawrl/Gui-v0", entry_point="envs.gui.env:GuiEnv", order_enforce=False)
+gymnasium.register("clawrl/Swe-v0", entry_point="envs.swe.env:SweEnv", order_enforce=False)

@@ -48,7 +48,8 @@ PURE = [
 
 def modules(*folders: str) -> list[Path]:
     """All Python files below the folders; generated and vendored trees are not ours."""
-    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")) if "build" not in path.parts]
+    found = (path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))
+    return [path for path in found if not {"build", "repo"}.intersection(path.parts)]
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:

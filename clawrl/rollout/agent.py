@@ -18,7 +18,7 @@ import importlib
 import inspect
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -194,7 +194,7 @@ class _Run:
         self._agent, self._thread = agent, thread
         self._messages: list[Message] = []
         self._tools: tuple[Any, ...] = ()
-        self._step: asyncio.Future[Any] | None = None  # the newest; it goes on when time is up
+        self._step: Future[Any] | None = None  # it goes on when time is up
         self.task = ""
         self.rewards: list[float] = []
         self.outcome: float | None = None
@@ -214,7 +214,7 @@ class _Run:
 
     async def begin(self) -> tuple[EpisodeStatus, str]:
         chosen = {"task": self._attempt.number, "split": self._attempt.split}
-        seen, facts = await self._call(self._env.reset, options=chosen)
+        seen, facts = await asyncio.wrap_future(self._thread.submit(self._env.reset, options=chosen))
         self.task, self._tools = facts["task"], facts["tools"]
         self._messages = self._shown(seen)
         return "done", ""
@@ -225,14 +225,14 @@ class _Run:
     async def _leave_to(self, agent: Agent) -> tuple[EpisodeStatus, str]:
         caller, attempt = self._caller, self._attempt
         asking = (caller.url(attempt), caller.client.api_key, caller.model, caller.headers(attempt))
-        why = await self._call(agent, self._env.unwrapped, *asking, self._limits)
+        why = await asyncio.wrap_future(self._thread.submit(agent, self._env.unwrapped, *asking, self._limits))
         return ("truncated", str(why)) if why else ("done", "")
 
     async def _take_turns(self) -> tuple[EpisodeStatus, str]:
         for _ in range(self._limits.turns):
             shown = newest_images(self._messages, self._limits.images)
             action = await self._caller.reply(self._attempt, shown, self._tools, self._limits)
-            self._step = self._call(self._env.step, action)
+            self._step = self._thread.submit(self._env.step, action)
             seen = await self._answer(self._step)
             if self.outcome is not None:
                 return "done", ""
@@ -241,21 +241,19 @@ class _Run:
 
     async def grade(self) -> tuple[EpisodeStatus, str]:
         """The verdict on an attempt that was cut short: its last step's, if that ends it after all."""
-        if self._step is not None and not self._step.done():
+        if self._step is not None and not self._step.cancelled():
             await self._answer(self._step)
         if self.outcome is None:
-            self.outcome = float(await self._call(self._env.unwrapped.verdict))
+            self.outcome = float(await asyncio.wrap_future(self._thread.submit(self._env.unwrapped.verdict)))
         return "done", ""
 
-    async def _answer(self, step: asyncio.Future[Any]) -> tuple[Message, ...]:
-        seen, reward, terminated, _, facts = await asyncio.shield(step)
+    async def _answer(self, step: Future[Any]) -> tuple[Message, ...]:
+        seen, reward, terminated, _, facts = await asyncio.wrap_future(step)
+        self._step = None
         outcome = facts["outcome"] if terminated else None
         self.rewards.append(float(reward) - (outcome or 0.0))
         self.outcome = outcome
         return seen
-
-    def _call(self, function: Callable[..., Any], *given: Any, **named: Any) -> asyncio.Future[Any]:
-        return asyncio.get_running_loop().run_in_executor(self._thread, partial(function, *given, **named))
 
     def _shown(self, messages: tuple[Message, ...]) -> list[Message]:
         return [cut(message, self._limits.observation_chars) for message in messages]

@@ -157,7 +157,7 @@ class Crew:
     def _end(self, worker: Worker) -> None:
         """Dismiss one that nobody has a seat on any more."""
         self._workers.discard(worker)
-        task = asyncio.create_task(_dismiss(worker.actor))
+        task = asyncio.create_task(_dismiss(worker))
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
 
@@ -171,9 +171,9 @@ async def _answer(actor: Any) -> Health:
             await asyncio.sleep(RETRY_S)
 
 
-async def _dismiss(actor: Any) -> None:
+async def _dismiss(worker: Worker) -> None:
     """Let it close its environments, then end its process."""
     with suppress(RayError, TimeoutError):
-        async with asyncio.timeout(2 * CLOSE_S):
-            await actor.close.remote()
-    ray.kill(actor)
+        async with asyncio.timeout(2 * CLOSE_S if worker.up else 0):
+            await worker.actor.close.remote()
+    ray.kill(worker.actor)

@@ -17,7 +17,7 @@ from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
@@ -73,7 +73,10 @@ class Endpoint:
         self._thread.join()
 
     async def _answer(self, request: Request) -> JSONResponse:
-        asked = await request.json()
+        try:
+            asked = await request.json()
+        except ClientDisconnect:
+            return JSONResponse({}, 499)  # nobody reads it
         self.requests[request.headers.get("x-session-id", "")] += 1
         reply = self._script(asked["messages"])
         reason = "tool_calls" if reply.get("tool_calls") else "stop"

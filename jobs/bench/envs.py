@@ -37,7 +37,7 @@ from clawrl.rollout.agent import Attempt, run_episode
 from clawrl.rollout.pool import Pool
 from clawrl.rollout.worker import EnvWorker, caller_of, limits_of, make_env
 from clawrl.training.buffer import ReplayBuffer
-from jobs.bench.figures import Figure, median_ratio, spread
+from jobs.bench.figures import Figure, median_ratio, spread, table
 from jobs.bench.simulated import MEAN_S, STEPS, GoldWorker
 from jobs.chaos.target import free_port
 
@@ -48,6 +48,7 @@ MOST = 64
 ENOUGH = 1.1
 """More environments at a time are tried until they bring less than this times the steps per second."""
 PATIENCE_S = 180.0
+OPTIONS = {"clawrl/Terminal-v0": {"limits": "best_effort"}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,32 +106,23 @@ def measure(*, crowd: int, episodes: int, rounds: int, seconds: float) -> tuple[
     """Figures of all four questions; `seconds` is how long each rate is watched."""
     with stage() as here, endpoint() as url:
         overhead, pairs = _overhead(here, url, rounds, seconds)
+        _say(overhead)
         share, carried = _crowd(here, crowd, seconds)
-        rates = {name: _rates(here, name, seconds) for name in available()}
+        _say(share)
+        rates = [rate for name in registered() for rate in _rates(here, name, seconds)]
         leaks = _leaks(here, url, episodes)
-    figures = [overhead, share]
-    for name, found in rates.items():
-        figures += [Figure(f"{name}: steps, {number} at a time", rate, "/s") for number, rate in found.items()]
-    return figures + leaks, {"overhead": pairs, "crowd": carried, "rates": rates}
+        _say(*leaks)
+    return [overhead, share, *rates, *leaks], {"overhead": pairs, "crowd": carried}
 
 
-def available() -> list[str]:
-    """The registered environments that work here with their own options, by the names in gymnasium."""
-    names = [name for name, spec in gymnasium.registry.items() if str(spec.entry_point).startswith("envs.")]
-    return [name for name in names if _works(name)]
+def registered() -> list[str]:
+    """The names under which gymnasium makes our environments."""
+    return [name for name, spec in gymnasium.registry.items() if str(spec.entry_point).startswith("envs.")]
 
 
-def _works(name: str) -> bool:
-    try:
-        env: Any = gymnasium.make(name, disable_env_checker=True)
-        try:
-            env.reset(options={"task": 0})
-        finally:
-            env.close()
-    except ClawrlError as error:
-        print(f"bench: {name} is left out: {error}", file=sys.stderr)
-        return False
-    return True
+def _say(*figures: Figure) -> None:
+    """On the way to the table, since it takes minutes."""
+    print(table(figures), file=sys.stderr, flush=True)
 
 
 def _settings(name: str, number: int, workers: int = 1, **given: Any) -> PoolSection:
@@ -228,11 +220,12 @@ def _done(pool: Any) -> int:
 
 
 def _until_up(pool: Any, number: int) -> None:
-    """Wait until so many environments are there and have had a second to get going."""
+    """Wait until so many episodes were made: all are at work. Raises ClawrlError if one broke, or it takes long."""
     deadline = time.monotonic() + PATIENCE_S
     while _done(pool) < number:
-        if time.monotonic() > deadline:
-            raise ClawrlError(f"{number} environments did not come up within {PATIENCE_S:g} s")
+        stats: Any = ray.get(pool.stats.remote())
+        if stats.get("error") or time.monotonic() > deadline:
+            raise ClawrlError(f"{number} episodes were not made within {PATIENCE_S:g} s, but {stats}")
         time.sleep(0.2)
 
 
@@ -253,16 +246,25 @@ def _crowd(here: Stage, number: int, seconds: float) -> tuple[Figure, dict[str, 
     )
 
 
-def _rates(here: Stage, name: str, seconds: float) -> dict[int, float]:
-    """Steps per second by how many environments act at a time, up to what the machine carries."""
-    rates: dict[int, float] = {}
+def _rates(here: Stage, name: str, seconds: float) -> list[Figure]:
+    """Steps per second by how many environments act at a time, up to what the machine carries; gold solutions act.
+
+    One that does not work here (no browser, no image) is left out, and its reason told.
+    """
+    rates: list[Figure] = []
     number = 1
     while number <= MOST:
-        settings = _settings(name, number, min(number, os.cpu_count() or 1))
-        with here.pool(settings, _gold(settings)) as pool:
-            _until_up(pool, number)
-            rates[number] = sum(here.watched(settings.name, seconds)) / seconds
-        if number > 1 and rates[number] < ENOUGH * rates[number // 2]:
+        settings = _settings(name, number, min(number, os.cpu_count() or 1), options=OPTIONS.get(name, {}))
+        try:
+            with here.pool(settings, _gold(settings)) as pool:
+                _until_up(pool, number)
+                rate = sum(here.watched(settings.name, seconds)) / seconds
+        except ClawrlError as error:
+            print(f"bench: {name} is left out: {error}", file=sys.stderr)
+            break
+        rates.append(Figure(f"{name}: steps, {number} at a time", rate, "/s"))
+        _say(rates[-1])
+        if number > 1 and rate < ENOUGH * rates[-2].value:
             break
         number *= 2
     return rates

@@ -101,7 +101,12 @@ setup:
 
 # Left out of the lock: torchvision, torchaudio and torchcodec are published as CUDA builds only, with which
 # `import vllm` fails on the CPU build of torch; triton (1 GB) generates GPU kernels and no CPU path needs it.
-LEFT_OUT := clawrl torchvision torchaudio torchcodec triton
+# selenium (and what only it brings) is wanted by miniwob's code, of which only the pages are used. Nor is here what
+# mini-swe-agent and swebench need for command lines, clouds and web pages only (litellm alone is 200 MB).
+LEFT_OUT := clawrl torchvision torchaudio torchcodec triton \
+    selenium pysocks outcome trio trio-websocket websocket-client wsproto \
+    litellm fastuuid importlib-metadata zipp boto3 botocore s3transfer textual linkify-it-py mdit-py-plugins \
+    prompt-toolkit wcwidth ghapi fastcore gitpython gitdb smmap beautifulsoup4 soupsieve chardet types-certifi types-toml
 
 define lock_lines
 import json, sys

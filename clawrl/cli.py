@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from typing import Any
 
@@ -11,8 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from clawrl.commands import forget, journal, versions
-from clawrl.commands.client import add_url, get
+from clawrl.commands import doctor, forget, journal, keys, play, sessions, versions
+from clawrl.commands.client import add_url, get, nobody
 from clawrl.config import load_config
 from clawrl.errors import ClawrlError, ConfigError
 from clawrl.observe import set_up_logging
@@ -49,8 +50,12 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="print what /status says as it is")
     status.set_defaults(run=_status)
     forget.add(commands)
+    keys.add(commands)
     versions.add(commands)
     journal.add(commands)
+    sessions.add(commands)
+    doctor.add(commands)
+    play.add(commands)
     return parser
 
 
@@ -103,8 +108,14 @@ def _chat(options: argparse.Namespace) -> int:
     """A conversation with streamed replies; each message of yours is what the reply before it learns from."""
     import openai
 
-    model = get(options.url, "/v1/models")["data"][0]["id"]
-    client = openai.OpenAI(base_url=f"{options.url}/v1", api_key="none")
+    key = os.environ.get("CLAWRL_API_KEY", "none")
+    client = openai.OpenAI(base_url=f"{options.url}/v1", api_key=key)
+    try:
+        model = client.models.list().data[0].id
+    except openai.APIStatusError as error:
+        raise ClawrlError(f"{error.message} (`clawrl chat` takes the key in CLAWRL_API_KEY)") from None
+    except openai.APIConnectionError as error:
+        raise nobody(options.url, error) from None
     messages: list[Any] = []
     console.print("[dim]An empty line or Ctrl-D ends the conversation.[/dim]")
     while text := _ask():

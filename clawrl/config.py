@@ -7,6 +7,7 @@ section, never the root.
 from __future__ import annotations
 
 import json
+import math
 import re
 import tomllib
 from collections.abc import Sequence
@@ -56,11 +57,22 @@ class EngineSection(Section):
 
 
 class GatewaySection(Section):
+    """The limits hold for each gateway replica by itself."""
+
     host: str = "127.0.0.1"
     port: int = Field(default=30000, ge=1, le=65535)
     replicas: int = Field(default=1, ge=1)
+    anyone: bool = Field(default=False, description="Without API keys, serve others than this machine too.")
     max_body_mib: int = Field(default=10, ge=1, description="Larger request bodies are refused with 413.")
-    max_concurrent_requests: int = Field(default=1024, ge=1)
+    max_concurrent_requests: int = Field(default=1024, ge=1, description="Others are held until one has ended.")
+    max_waiting: int = Field(default=4096, ge=0, description="Held so at most; beyond, 429 with Retry-After.")
+    key_concurrent: int | None = Field(default=None, ge=1, description="Requests of one API key answered at a time.")
+    key_waiting: int = Field(default=256, ge=0, description="Requests of one API key held at most; beyond, 429.")
+    key_tokens_per_minute: int | None = Field(
+        default=None, ge=1, description="Prompt and reply tokens of one API key; beyond, its requests are held."
+    )
+    keep_alive_s: float = Field(default=15.0, gt=0, description="A silent stream gets an empty delta this often.")
+    hold_s: float = Field(default=600.0, gt=0, description="How long a request waits for a policy replica that lives.")
 
 
 class JournalSection(Section):
@@ -113,6 +125,7 @@ class PolicySection(EngineSection):
     max_reply_tokens: int = Field(default=512, ge=1, description="Used where a request does not say.")
     tool_parser: str | None = Field(default="hermes", description="vLLM tool-call parser; none if null.")
     reasoning_parser: str | None = None
+    max_choices: int = Field(default=8, ge=1, description="Largest n of a request; more than one is a side turn.")
 
 
 class JudgeSection(EngineSection):
@@ -122,6 +135,11 @@ class JudgeSection(EngineSection):
     max_verdict_tokens: int = Field(default=128, ge=8)
     timeout_s: float = Field(default=60.0, gt=0, description="A later judgement abstains.")
     concurrency: int = Field(default=16, ge=1, description="Turns judged side by side.")
+    feedback_wait_s: float = Field(
+        default=60.0,
+        ge=0,
+        description="So long a turn with explicit feedback waits for a next message.",
+    )
     nice: int = Field(default=5, ge=0, le=19)
 
 
@@ -147,8 +165,15 @@ class LearningSection(Section):
     teacher_top: int = Field(default=20, ge=1, le=100, description="Teacher's tokens scored per position.")
     hint_rule: Literal["sequence", "token", "shortest", "longest", "random"] = "sequence"
     max_hints: int = Field(default=3, ge=1)
+    process_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="c: an environment's step is worth its outcome + c times the judge's mean vote (0: outcome alone).",
+    )
     importance_cap: float = Field(default=2.0, gt=0, description="Truncation of train/inference importance weights.")
-    normalise: Literal["sample", "token"] = "sample"
+    policy_loss: Literal["ppo", "gspo", "cispo"] = Field(default="ppo", description="Form of the policy-gradient term.")
+    normalise: Literal["sample", "token", "constant"] = "sample"
+    normalise_length: int = Field(default=512, ge=1, description="Tokens that every reply is divided by if constant.")
 
 
 class BufferSection(Section):
@@ -226,6 +251,61 @@ class GateSection(Section):
         return self.held_out_share if self.enabled else 0.0
 
 
+class PoolSection(Section):
+    """One pool of environments; a config may have several, each as `[[pools]]`."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$", description="In the dashboard, and the user of its turns.")
+    env: str = Field(description="gymnasium's name, `package:clawrl/Name-v0`; the package registers it.")
+    options: dict[str, Any] = Field(default={}, description="Keyword arguments of the environment.")
+    agent: Annotated[str, AfterValidator(lambda path: path and _dotted_path(path))] = Field(
+        default="", description="package.module:function that acts and asks the model itself; empty: the turn loop."
+    )
+    agent_options: dict[str, Any] = Field(default={}, description="Keyword arguments of the agent.")
+    group_size: int = Field(default=8, ge=2, description="Attempts at one task, held against one another.")
+    min_envs: int = Field(default=1, ge=0, description="Room for so many is kept when nothing is asked of the pool.")
+    max_envs: int = Field(
+        default=32, ge=1, description="Environments that act side by side, once there are processor shares for them."
+    )
+    envs_per_worker: int = Field(default=32, ge=1, le=512, description="Of them in one process, a worker.")
+    spares: int = Field(
+        default=0, ge=0, description="Beyond them in each worker: reset ahead, while they wait for a place to act."
+    )
+    cpus_per_worker: float = Field(default=0.1, ge=0, description="Its share, as Ray counts; 1 in a cluster.")
+    batches_ahead: float = Field(
+        default=1.0, gt=0, description="No group begins while this many batches wait for the trainer."
+    )
+    max_turns: int = Field(default=16, ge=1, description="Of one attempt; then it is graded as it stands.")
+    max_seconds: float = Field(default=300.0, gt=0, description="Of one attempt; then it is graded as it stands.")
+    max_grade_seconds: float = Field(default=120.0, gt=0, description="Of that verdict; then there is none.")
+    heartbeat_s: float = Field(default=30.0, gt=0, description="A worker that is silent for so long is replaced.")
+    idle_s: float = Field(default=60.0, gt=0, description="One that had nothing to do for so long is given up.")
+    max_observation_chars: int = Field(default=16_000, ge=64, description="Longer ones lose their middle.")
+    max_reply_tokens: int = Field(default=512, ge=1)
+    max_images: int = Field(default=2, ge=0, description="The newest of an attempt; a word stands for each older one.")
+    temperature: float = Field(default=1.0, ge=0, le=2)
+
+    @property
+    def min_workers(self) -> int:
+        return math.ceil(self.min_envs / self.envs_per_worker)
+
+    @property
+    def max_workers(self) -> int:
+        return math.ceil(self.max_envs / self.envs_per_worker)
+
+    @property
+    def places(self) -> int:
+        """Environments that act in one worker, so that all have about as many."""
+        return math.ceil(self.max_envs / self.max_workers)
+
+    @model_validator(mode="after")
+    def _bounds(self) -> PoolSection:
+        if self.min_envs > self.max_envs:
+            raise ValueError(f"min_envs={self.min_envs} is above max_envs={self.max_envs}; lower it")
+        if self.spares > self.places:
+            raise ValueError(f"spares={self.spares} is more than the {self.places} that act in a worker; lower it")
+        return self
+
+
 class ChatSection(Section):
     """The simulated users of `clawrl demo`."""
 
@@ -254,6 +334,7 @@ class Config(Section):
     versions: VersionsSection = VersionsSection()
     gate: GateSection = GateSection()
     chat: ChatSection = ChatSection()
+    pools: tuple[PoolSection, ...] = Field(default=(), description="Environments to train on, each as `[[pools]]`.")
 
     @model_validator(mode="after")
     def _agree(self) -> Config:
@@ -272,6 +353,9 @@ class Config(Section):
                 f"weights, but judge.model={self.judge.model!r} and policy.model={self.policy.model!r}; use one model, "
                 "or set learning.teacher=current and learning.kl_weight=0"
             )
+        names = [pool.name for pool in self.pools]
+        if len(set(names)) < len(names):
+            raise ValueError(f"pools: {', '.join(names)} are not all different; give each a name of its own")
         if self.policy.max_reply_tokens >= self.policy.max_model_len:
             raise ValueError(
                 f"policy.max_reply_tokens={self.policy.max_reply_tokens} leaves no room for a prompt in "

@@ -19,14 +19,24 @@ class ConfigError(ClawrlError):
 
 
 class GatewayError(ClawrlError):
-    """A request cannot be served as it stands; `status` and `param` shape the OpenAI error body."""
+    """A request cannot be served as it stands; `status` and `param` shape the OpenAI error body.
 
-    def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None) -> None:
+    `retry_after` says in how many seconds it may be.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
         super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+        self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.args[0], self.status, self.param, self.code)
+        return type(self), (self.args[0], self.status, self.param, self.code, self.retry_after)
 
     def body(self) -> dict:
         """The error in OpenAI's shape."""

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -29,7 +30,11 @@ from clawrl.errors import ConfigError, JournalError
 from clawrl.journal.actor import Journal
 from clawrl.journal.store import JournalStore
 from clawrl.rollout.collector import Collector
+from clawrl.rollout.pool import Pool
+from clawrl.rollout.worker import agent_of, make_env, start_worker
 from clawrl.serving import app
+from clawrl.serving.keys import FILE, KeyRing, require_keys_beyond_loopback
+from clawrl.serving.local import is_loopback
 from clawrl.serving.redaction import Redactor
 from clawrl.training.buffer import ReplayBuffer
 from clawrl.training.trainer import TrainLoop, run_trainer
@@ -150,6 +155,10 @@ class System:
             # Ray Train's actors ask Ray's state API, which must know which of several clusters is meant
             runtime_env={"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}},
         ).remote(loop, str(self.run_directory), cpus_per_worker=TRAINER_CPUS)
+        for pool in config.pools:
+            say(f"starting the pool {pool.name} ({pool.env})")
+            start = partial(start_worker, pool, self.url, config.policy.served_name, NAMESPACE, **_reaching(config))
+            self._actor(f"pool-{pool.name}", Pool, pool, config.buffer.batch_size, journal, buffer, start)
         say(f"serving {self.url} · run directory {self.run_directory}")
 
     def _actor(self, name: str, cls: type, *arguments: Any) -> Any:
@@ -184,6 +193,7 @@ class System:
         """The order matters: no new samples, then no new versions, then the log."""
         try:
             serve.delete(app.APPLICATION, _blocking=not self._owns_ray)
+            self._close_actors(*(name for name in self.actors if name.startswith("pool-")))
             self._close_actors("collector", "watch", "buffer")
             if self.training is not None:
                 ray.wait([self.training], timeout=max(0.1, deadline - time.monotonic() - 4))
@@ -207,6 +217,11 @@ def check(config: Config) -> None:
         except ConfigError as error:
             raise ConfigError(f"{section}.model: {error}") from None
     Redactor(config.privacy)
+    for pool in config.pools:
+        make_env(pool).close()
+        agent_of(pool)
+    keys = KeyRing(Path(config.run_root).resolve() / FILE)
+    require_keys_beyond_loopback(keys, config.gateway.host, config.gateway.anyone)
     if not os.environ.get("RAY_ADDRESS"):  # in a cluster a dead clawrl's gateway may hold it, see `clear_cluster`
         require_port(config)
     if config.journal.url != "sqlite":
@@ -356,6 +371,11 @@ def _alive(name: str) -> bool:
 
 def _here() -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def _reaching(config: Config) -> dict[str, Any]:
+    """Where workers of a pool can be that are to reach the gateway: anywhere, unless it listens to its machine only."""
+    return {"scheduling_strategy": _here()} if is_loopback(config.gateway.host) else {}
 
 
 def start_serve() -> None:

@@ -18,6 +18,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -184,6 +185,10 @@ class ScriptedJudge(ScriptedPolicy):
             error=None,
             at=time.time(),
         )
+
+    async def judge_step(self, turn: Turn, next_state: NextState) -> Judgement:
+        """The scripted verdict, without hints."""
+        return replace(await self.judge(turn, next_state), hints=())
 
     async def most_at_once(self) -> int:
         """The largest number of turns judged side by side so far."""

@@ -21,7 +21,7 @@ Tool = dict[str, Any]
 TurnKind = Literal["main", "side"]
 Role = Literal["user", "tool", "env"]
 EpisodeStatus = Literal["done", "truncated", "timeout", "error", "lost"]
-"""Ended by itself; cut at its turn or token limit; out of time; the environment broke; its worker died."""
+"""Ended by itself; cut short by a limit, or its agent broke off; out of time; something broke; its worker died."""
 VersionState = Literal["candidate", "serving", "retired", "rejected"]
 
 
@@ -80,6 +80,8 @@ class Turn:
     ended: float
     request: str = ""  # digest of the request's prompt: the same request again is the same turn
     key: str | None = None  # the client's idempotency key, by user; None too if another turn had it before
+    reason: str = ""  # why it is main or side, and in this session
+    parent: str | None = None  # the turn whose conversation it goes on with: turns of a session are a tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +129,21 @@ class Episode:
 
 
 @dataclass(frozen=True, slots=True)
+class Comparison:
+    """All attempts of a group have ended and were held against one another; it is done once."""
+
+    group: str
+    source: str
+    task: str
+    outcomes: tuple[float, ...]  # of the attempts that have one
+    samples: int  # made of their turns; 0 where all went alike
+    at: float
+    reward: float | None = None  # mean of their steps', with the judge's votes; None: the outcome alone counts
+
+
+@dataclass(frozen=True, slots=True)
 class Judgement:
-    """The judge's view of a turn in the light of its next state."""
+    """The judge's view of a turn, or of a step of an episode, in the light of its next state."""
 
     turn: str
     votes: tuple[int | None, ...]  # -1, 0, +1, or None where a vote could not be read

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import random
 import signal
 import sys
@@ -264,7 +265,8 @@ class _TimedStream(httpx2.AsyncByteStream):
 def open_client(url: str, wire: Wire) -> openai.AsyncOpenAI:
     """The official client; without retries, so that every failed request is counted."""
     http = openai.DefaultAsyncHttpxClient(transport=_TimedTransport(wire), trust_env=False)
-    return openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=REQUEST_S, http_client=http)
+    key = os.environ.get("CLAWRL_API_KEY", "none")
+    return openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=0, timeout=REQUEST_S, http_client=http)
 
 
 # -- watching ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Advantages: what each reply token is worth, from a judged score or from a teacher's view of the reply. Pure numpy.
+"""Advantages: what each reply token is worth, by a judge's score, a group's outcomes or a teacher's view. Pure numpy.
 
 Knows the arrays of a reply (T tokens, support of k tokens per position, K tokens scored by the teacher). Ignores how
 they were captured or judged and which loss uses them. All log-probabilities are natural, full-vocabulary, at
@@ -7,11 +7,13 @@ temperature 1. What a teacher did not say is marked invalid, never guessed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from clawrl.types import Distillation, Scores
+
+GROUP_EPSILON = 1e-6
 
 
 class RunningBaseline:
@@ -38,6 +40,42 @@ class RunningBaseline:
         self._means.pop(user, None)
         for score in scores:
             self.advantage(user, score)
+
+
+def group_advantages(outcomes: Sequence[float]) -> np.ndarray | None:
+    """f64[G]: each attempt's z-score among those at its task, with the population's σ (GRPO, arXiv:2402.03300 §4.1.2).
+
+    A_g = (o_g - mean(o)) / (σ(o) + 1e-6). None where all outcomes are equal, also of a single one: nothing is to be
+    learnt from the comparison (dynamic sampling of DAPO, arXiv:2503.14476, drops such groups).
+    """
+    values = np.asarray(outcomes, np.float64)
+    if len(values) < 2 or np.ptp(values) == 0:
+        return None
+    return (values - values.mean()) / (values.std() + GROUP_EPSILON)
+
+
+def step_reward(outcome: float, votes: Iterable[int | None], weight: float) -> float:
+    """o + c·mean(votes): what a step of an attempt is worth (ALGORITHM.md §2). Without a vote that says anything, o."""
+    cast = [vote for vote in votes if vote is not None]
+    return outcome + weight * sum(cast) / len(cast) if cast else outcome
+
+
+def step_advantages(steps: Sequence[tuple[int, float]], baseline: float) -> list[float | None]:
+    """The advantage of each (step index, reward) of all attempts at one task (ALGORITHM.md §2).
+
+    A z-score among the steps of the same index, as in `group_advantages`; None where they are all worth the same. A
+    step that is alone at its index has nobody to be held against: reward - baseline, as in Binary RL.
+    """
+    buckets: dict[int, list[int]] = {}
+    for position, (index, _) in enumerate(steps):
+        buckets.setdefault(index, []).append(position)
+    advantages: list[float | None] = [None] * len(steps)
+    for positions in buckets.values():
+        rewards = [steps[position][1] for position in positions]
+        scores = [rewards[0] - baseline] if len(rewards) == 1 else group_advantages(rewards)
+        for position, score in zip(positions, [] if scores is None else scores, strict=False):
+            advantages[position] = float(score)
+    return advantages
 
 
 def score_advantages(advantage: float, num_tokens: int) -> np.ndarray:

@@ -1,8 +1,9 @@
 """Losses: differentiable terms over packed tokens, and the statistics that go with them. Pure torch.
 
 Knows tensors of one packed row: S scored tokens, support of k tokens each. Ignores which method made the targets, how
-tokens were packed and how many ranks share a batch: `weights` carries the normalisation (see `training.pack`), so
-that terms of all rows and ranks are simply summed. Reading order: the terms, then `total_loss`, then `tally`.
+tokens were packed and how many ranks share a batch: `segments` says which tokens are one reply's, `weights` carries the
+normalisation (see `training.pack`), so that terms of all rows and ranks are simply summed. Reading order: the terms,
+then `total_loss`, then `tally`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class Targets:
     reference_logprobs: Tensor  # f32[S], 0 where has_reference is false
     has_reference: Tensor  # bool[S]
     fresh: Tensor  # bool[S], sampled under the very weights this step starts from
-    weights: Tensor  # f32[S], sums to 1 over all rows and ranks; 0 in padding
+    weights: Tensor  # f32[S], sums to 1 over all rows and ranks (unless by a constant length); 0 in padding
+    segments: Tensor  # i64[S], from 0: tokens of one reply share one, and a reply is never spread over rows
     support_behaviour_logprobs: Tensor  # f32[S, k]
     support_advantages: Tensor  # f32[S, k]
     support_valid: Tensor  # bool[S, k]
@@ -71,6 +73,55 @@ def clipped_policy_loss(
     return Loss(-(surrogate * weights).sum(), clipped)
 
 
+def sequence_policy_loss(
+    logprobs: Tensor,
+    behaviour_logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    segments: Tensor,
+    *,
+    clip: ClipSection,
+    importance: Tensor | None = None,
+) -> Loss:
+    """GSPO (arXiv:2507.18071): PPO's surrogate with one ratio per reply, s = exp(mean_t (l_t - l_old_t)), all [S].
+
+    In the form of its GSPO-token variant, s_t = sg(s) · exp(l_t - sg(l_t)), which has the value and the gradient of
+    GSPO where a reply has one advantage, and is defined where its tokens differ. The mean is over the reply's scored
+    tokens, whatever shares the row with it.
+    """
+    log_ratio = (logprobs - behaviour_logprobs).detach()
+    nothing = torch.zeros_like(log_ratio)  # there are no more replies than scored tokens
+    sums = nothing.index_add(0, segments, log_ratio)
+    counts = nothing.index_add(0, segments, torch.ones_like(log_ratio))
+    mean = (sums / counts.clamp(min=1))[segments]
+    sequence = mean + logprobs - logprobs.detach()
+    return clipped_policy_loss(
+        sequence, torch.zeros_like(sequence), advantages, weights, clip=clip, importance=importance
+    )
+
+
+def weighted_policy_loss(
+    logprobs: Tensor,
+    behaviour_logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    *,
+    clip: ClipSection,
+    importance: Tensor | None = None,
+) -> Loss:
+    """CISPO (arXiv:2506.13585, eq. 4 and 5): -w · sg(clip(ratio, 1 - low, 1 + high)) · A · l, all [S].
+
+    REINFORCE with a bounded importance weight: every token keeps a gradient. `clipped` says where the weight was cut.
+    The paper leaves the weight unbounded below: `clip.low` close to 1.
+    """
+    ratio = (logprobs - behaviour_logprobs).detach().exp()
+    bounded = ratio.clamp(1 - clip.low, 1 + clip.high)
+    objective = bounded * advantages * logprobs
+    if importance is not None:
+        objective = objective * importance
+    return Loss(-(objective * weights).sum(), bounded != ratio)
+
+
 def k3_divergence(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """Per-token estimate of KL(policy || reference), never negative: r - 1 - log r with r = reference / policy.
 
@@ -100,16 +151,12 @@ def importance_weights(proximal: Tensor, behaviour_logprobs: Tensor, cap: float)
 
 
 def total_loss(logprobs: Tensor, support_logprobs: Tensor, targets: Targets, learning: LearningSection) -> TotalLoss:
-    """Sum over tokens of weight x [importance·PPO(sampled) + Σ_support PPO + kl_weight·k3] (ALGORITHM.md §2).
+    """Sum over tokens of weight x [importance·policy_loss(sampled) + Σ_support PPO + kl_weight·k3] (ALGORITHM.md §2).
 
     logprobs f32[S] and support_logprobs f32[S, k] are the current model's. The weights of the RL and OPD terms are
-    already inside the advantages: the surrogate is positively homogeneous in them.
+    already inside the advantages: every form of the surrogate is positively homogeneous in them.
     """
-    proximal = proximal_logprobs(logprobs, targets.behaviour_logprobs, targets.fresh)
-    importance = importance_weights(proximal, targets.behaviour_logprobs, learning.importance_cap)
-    policy = clipped_policy_loss(
-        logprobs, proximal, targets.advantages, targets.weights, clip=learning.clip, importance=importance
-    )
+    policy = _policy_term(logprobs, targets, learning)
     distillation = clipped_policy_loss(
         support_logprobs,
         targets.support_behaviour_logprobs,
@@ -125,6 +172,17 @@ def total_loss(logprobs: Tensor, support_logprobs: Tensor, targets: Targets, lea
     if learning.kl_weight:
         value = value + learning.kl_weight * divergence
     return TotalLoss(value, policy, distillation, divergence)
+
+
+def _policy_term(logprobs: Tensor, targets: Targets, learning: LearningSection) -> Loss:
+    """The form of the policy-gradient term that `policy_loss` names."""
+    proximal = proximal_logprobs(logprobs, targets.behaviour_logprobs, targets.fresh)
+    importance = importance_weights(proximal, targets.behaviour_logprobs, learning.importance_cap)
+    arguments = (logprobs, proximal, targets.advantages, targets.weights)
+    if learning.policy_loss == "gspo":
+        return sequence_policy_loss(*arguments, targets.segments, clip=learning.clip, importance=importance)
+    form = weighted_policy_loss if learning.policy_loss == "cispo" else clipped_policy_loss
+    return form(*arguments, clip=learning.clip, importance=importance)
 
 
 TALLIED = ("clip_fraction", "opd_clip_fraction", "approx_kl", "entropy", "mismatch", "kl")

@@ -1,1 +1,1 @@
-"""Families of `clawrl` subcommands; each module registers its parsers with `add` and talks HTTP to a running system."""
+"""Families of `clawrl` subcommands; each module registers its parsers with `add`. Most talk HTTP to clawrl."""

@@ -32,7 +32,7 @@ def get(url: str, path: str) -> Any:
         response.raise_for_status()
         return response.json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-        raise _nobody(url, error) from error
+        raise nobody(url, error) from error
 
 
 def post(url: str, name: str, **arguments: Any) -> Any:
@@ -44,14 +44,14 @@ def post(url: str, name: str, **arguments: Any) -> Any:
         response = httpx.post(f"{url}/admin/{name}", json=arguments, timeout=ACT_S)
         answer = response.json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-        raise _nobody(url, error) from error
+        raise nobody(url, error) from error
     if response.is_success:
         return answer
     try:
         raise ClawrlError(answer["error"]["message"])
     except (KeyError, TypeError):
-        raise _nobody(url, f"HTTP {response.status_code}") from None
+        raise nobody(url, f"HTTP {response.status_code}") from None
 
 
-def _nobody(url: str, reason: object) -> ClawrlError:
+def nobody(url: str, reason: object) -> ClawrlError:
     return ClawrlError(f"no clawrl answers at {url} ({reason}); start one with `clawrl serve`, or give --url")

@@ -25,8 +25,11 @@ from clawrl.journal.erasure import Content
 from clawrl.journal.store import JournalStore, Write
 from clawrl.observe import metric
 from clawrl.types import (
+    Comparison,
     Consent,
+    Episode,
     Erasure,
+    Feedback,
     GateDecision,
     Judgement,
     NextState,
@@ -103,8 +106,21 @@ class Journal:
         return await self._read(self._open_turn, user, conversation)
 
     def _open_turn(self, user: str, conversation: str) -> tuple[str, str, int] | None:
-        unrecorded = self._store.unrecorded(user, conversation)
+        unrecorded = self._store.unrecorded(user, [conversation])
         return ("", unrecorded, 0) if unrecorded is not None else self._store.open_turn(user, conversation)
+
+    async def continued(
+        self, user: str, conversations: list[str], session: str | None
+    ) -> tuple[str, str, int, int] | None:
+        """(id, session, index, position in the list) of the newest main turn of the first conversation that is known.
+
+        In the session if one is named. The id is empty if one of them was served unrecorded after that.
+        """
+        return await self._read(self._continued, user, conversations, session)
+
+    def _continued(self, user: str, conversations: list[str], session: str | None) -> tuple[str, str, int, int] | None:
+        unrecorded = self._store.unrecorded(user, conversations)
+        return ("", unrecorded, 0, 0) if unrecorded else self._store.continued(user, conversations, session)
 
     async def last_turn(self, user: str, session: str) -> tuple[str, str, int, str] | None:
         """(id, session, index, conversation) of the newest main turn of a session."""
@@ -138,6 +154,22 @@ class Journal:
         """Unconsumed samples with their seq (> after); [] after `timeout_s`."""
         return await self._poll(Sample, timeout_s, self._store.samples_to_train, after, limit)
 
+    async def groups_to_compare(self, after: int, limit: int, timeout_s: float) -> list[tuple[int, str]]:
+        """Groups all of whose attempts have ended, with a seq (> after); [] after `timeout_s`."""
+        return await self._poll(Episode, timeout_s, self._store.groups_to_compare, after, limit)
+
+    async def group(self, group: str) -> tuple[list[Episode], list[Turn]]:
+        """The attempts of a group and their main turns."""
+        return await self._read(self._store.group, group)
+
+    async def steps(self, group: str) -> list[tuple[NextState, Judgement | None]]:
+        """What followed each main turn of a group, and how it was judged."""
+        return await self._read(self._store.steps, group)
+
+    async def comparisons(self) -> list[Comparison]:
+        """All, oldest first."""
+        return await self._read(self._store.comparisons)
+
     async def held_out(self, limit: int) -> list[tuple[Sample, int | None]]:
         """The newest held-out samples, newest first, and how their turns were judged."""
         return await self._read(self._store.held_out, limit)
@@ -153,6 +185,23 @@ class Journal:
     async def recent_scores(self, user: str, limit: int) -> list[int]:
         """Scores of the user's newest judged turns in the order they were judged; abstentions have none."""
         return await self._read(self._store.recent_scores, user, limit)
+
+    async def take_feedback(self, feedback: Feedback) -> str:
+        """Store what a user says of a turn; the id under which it is stored. The same again is ignored."""
+        taken: list[tuple[str, bool]] = []
+        await self._commit(self._store.taking_feedback(feedback, taken), frozenset({Feedback, NextState}))
+        id, judged_again = taken[-1]
+        if judged_again:
+            await asyncio.to_thread(self._store.recount)
+        return id
+
+    async def feedback(self, turn: str) -> list[Feedback]:
+        """What was said of a turn, oldest first."""
+        return await self._read(self._store.feedback, turn)
+
+    async def unanswered_feedback(self, after: int, before: float, limit: int) -> tuple[int, list[str]]:
+        """See JournalReader.unanswered_feedback."""
+        return await self._read(self._store.unanswered_feedback, after, before, limit)
 
     async def consent(self, user: str, train: bool, session: str | None = None) -> dict[str, Any]:
         """Record whether a user, or one session of theirs, is recorded and trained on from now on.

@@ -128,18 +128,20 @@ def withdrawals() -> Select:
     return select((numbers[0] + numbers[1]).label("number"))
 
 
-def unrecorded_session(user: str, conversation: str) -> Select:
-    """The session of a conversation that was served unrecorded, and not recorded after that.
+def unrecorded_session(user: str, conversations: Sequence[str]) -> Select:
+    """The session of the newest of the conversations that was served unrecorded, and not recorded after that.
 
     Where people share a name, one's opening words, and the reply, may be another's too: the newer one goes on.
     """
     newer = exists().where(
         TURNS.c.user == user,
-        TURNS.c.conversation == conversation,
+        TURNS.c.conversation == CONSENTS.c.conversation,
         TURNS.c.kind == "main",
         TURNS.c.ended > CONSENTS.c.at,
     )
-    query = select(CONSENTS.c.session).where(CONSENTS.c.user == user, CONSENTS.c.conversation == conversation, ~newer)
+    query = select(CONSENTS.c.session).where(
+        CONSENTS.c.user == user, CONSENTS.c.conversation.in_(conversations), ~newer
+    )
     return query.order_by(CONSENTS.c.seq.desc()).limit(1)
 
 

@@ -66,7 +66,32 @@ _TO_3 = [  # a repeated append is known by the time it tells
     *_told_once("erasures", "user", "at"),
 ]
 
-STEPS: dict[int, list[str]] = {1: _TO_2, 2: _TO_3}
+_TO_4 = [  # why a turn was classed so, what it goes on with, and whose a session is
+    "ALTER TABLE turns ADD COLUMN reason TEXT DEFAULT '' NOT NULL",
+    "ALTER TABLE turns ADD COLUMN parent TEXT",
+    'CREATE INDEX turns_session_user ON turns (session, "user")',
+]
+
+_TO_5 = [  # environments: how attempts ended, and groups of them
+    'CREATE INDEX turns_group_seq ON turns ("group", seq)',
+    """CREATE TABLE episodes (
+        {seq}, session TEXT NOT NULL, source TEXT NOT NULL, "group" TEXT NOT NULL, task TEXT NOT NULL,
+        group_size BIGINT NOT NULL, status TEXT NOT NULL, outcome DOUBLE PRECISION, rewards TEXT NOT NULL,
+        reason TEXT NOT NULL, seconds DOUBLE PRECISION NOT NULL, at DOUBLE PRECISION NOT NULL)""",
+    "CREATE UNIQUE INDEX episodes_session ON episodes (session)",
+    'CREATE INDEX episodes_group ON episodes ("group")',
+    """CREATE TABLE comparisons (
+        {seq}, "group" TEXT NOT NULL, source TEXT NOT NULL, task TEXT NOT NULL, outcomes TEXT NOT NULL,
+        samples BIGINT NOT NULL, at DOUBLE PRECISION NOT NULL)""",
+    'CREATE UNIQUE INDEX comparisons_group ON comparisons ("group")',
+    """CREATE TABLE uncompared (
+        seq {whole} PRIMARY KEY NOT NULL, "group" TEXT NOT NULL UNIQUE,
+        FOREIGN KEY (seq) REFERENCES episodes (seq) ON DELETE CASCADE)""",
+]
+
+_TO_6 = ["ALTER TABLE comparisons ADD COLUMN reward DOUBLE PRECISION"]  # what steps were worth, votes included
+
+STEPS: dict[int, list[str]] = {1: _TO_2, 2: _TO_3, 3: _TO_4, 4: _TO_5, 5: _TO_6}
 """Statements that lead from a schema to the next."""
 
 

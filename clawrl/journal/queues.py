@@ -1,12 +1,14 @@
-"""What waits to be judged and to be trained on, kept beside the records so that finding it never scans them.
+"""What waits to be judged, compared and trained on, kept beside the records so that finding it never scans them.
 
-Knows the two waiting lists and how each append changes them, in its own transaction. Ignores who takes from them.
+Knows the waiting lists and how each append changes them, in its own transaction. Ignores who takes from them.
 They are derived: `fill` makes them anew from the records, and a deleted record leaves them by itself (ON DELETE
 CASCADE).
 
     NextState ──► unjudged ──Judgement──►        Sample ──► untrained ──WeightVersion──►
+    Episode, the last of its group ──► uncompared ──Comparison──►
 
-A withdrawn turn (`erasure`) waits for nothing, and a turn whose tokens were not kept is not judged.
+A withdrawn turn (`erasure`) waits for nothing, and a turn whose tokens were not kept is not judged. Neither is one of a
+group: its attempts are compared with one another.
 """
 
 from __future__ import annotations
@@ -14,23 +16,45 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from sqlalchemy import Connection, func, select, text
+from sqlalchemy import Connection, delete, func, insert, select, text
 
-from clawrl.journal.tables import CONSUMPTIONS, NO_TOKENS, SAMPLES, UNJUDGED, UNTRAINED
-from clawrl.types import Judgement, NextState, Sample, Turn
+from clawrl.journal.tables import CONSUMPTIONS, NEXT_STATES, NO_TOKENS, SAMPLES, UNJUDGED, UNTRAINED
+from clawrl.types import Comparison, Episode, Judgement, NextState, Sample, Turn
 
 _UNJUDGED = f"""
     SELECT n.seq, n.turn FROM next_states n JOIN turns t ON t.id = n.turn
-    WHERE t.kind = 'main' AND length(t.capture_prompt_ids) > {len(NO_TOKENS)}
+    WHERE t.kind = 'main' AND t."group" IS NULL AND length(t.capture_prompt_ids) > {len(NO_TOKENS)}
     AND NOT EXISTS (SELECT 1 FROM judgements j WHERE j.turn = n.turn)
     AND NOT EXISTS (SELECT 1 FROM withdrawn w WHERE w.turn = n.turn)"""
 _UNTRAINED = """
     SELECT s.seq, s.id FROM samples s
     WHERE NOT s.held_out AND NOT EXISTS (SELECT 1 FROM consumptions c WHERE c.sample = s.id)
     AND NOT EXISTS (SELECT 1 FROM withdrawn w WHERE w.turn = s.id)"""
+_UNCOMPARED = """
+    SELECT max(e.seq) AS seq, e."group" FROM episodes e
+    WHERE e.status <> 'lost' AND NOT EXISTS (SELECT 1 FROM comparisons c WHERE c."group" = e."group")
+    {only} GROUP BY e."group" HAVING count(*) >= max(e.group_size)"""
+LISTS = {
+    "unjudged": ("seq, turn", _UNJUDGED),
+    "untrained": ("seq, sample", _UNTRAINED),
+    "uncompared": ('seq, "group"', _UNCOMPARED.format(only="")),
+}
+"""Each list's columns, and what it holds as the records tell it."""
 _ADD_UNJUDGED = text(f"INSERT INTO unjudged (seq, turn) {_UNJUDGED} AND n.turn = :id ON CONFLICT DO NOTHING")
 _ADD_UNTRAINED = text(f"INSERT INTO untrained (seq, sample) {_UNTRAINED} AND s.id = :id ON CONFLICT DO NOTHING")
+_ADD_UNCOMPARED = text(
+    f"""INSERT INTO uncompared (seq, "group") {_UNCOMPARED.format(only='AND e."group" = :id')} ON CONFLICT DO NOTHING"""
+)
+_COMPARED = text('DELETE FROM uncompared WHERE "group" = :id')
 _JUDGED = text("DELETE FROM unjudged WHERE turn = :id")
+_UNDO = text(
+    "DELETE FROM judgements WHERE turn = :id AND EXISTS (SELECT 1 FROM next_states n WHERE n.turn = :id) "
+    "AND NOT EXISTS (SELECT 1 FROM withdrawn w WHERE w.turn = :id)"
+)
+_SAMPLED = text(
+    "SELECT 1 WHERE EXISTS (SELECT 1 FROM samples WHERE id = :id) OR "
+    "EXISTS (SELECT 1 FROM consumptions WHERE sample = :id)"
+)
 _TRAINED = text("DELETE FROM untrained WHERE sample = :id")
 
 
@@ -40,6 +64,22 @@ def follow(connection: Connection, records: Iterable[Any]) -> None:
     _each(connection, _ADD_UNJUDGED, pairs)
     _each(connection, _JUDGED, {record.turn for record in _of(records, Judgement)})
     _each(connection, _ADD_UNTRAINED, {record.id for record in _of(records, Sample)})
+    _each(connection, _ADD_UNCOMPARED, {record.group for record in _of(records, Episode)})
+    _each(connection, _COMPARED, {record.group for record in _of(records, Comparison)})
+
+
+def judge_again(connection: Connection, turn: str) -> bool:
+    """Forget a judgement that made no sample, so that the turn is judged with what was said since; whether it is.
+
+    Its next state moves to the end: whoever reads in order has passed it.
+    """
+    if connection.scalar(_SAMPLED, {"id": turn}) or not connection.execute(_UNDO, {"id": turn}).rowcount:
+        return False
+    row = connection.execute(select(NEXT_STATES.table).where(NEXT_STATES.c.turn == turn)).mappings().one()
+    connection.execute(delete(NEXT_STATES.table).where(NEXT_STATES.c.turn == turn))
+    connection.execute(insert(NEXT_STATES.table), {name: value for name, value in row.items() if name != "seq"})
+    _each(connection, _ADD_UNJUDGED, [turn])
+    return True
 
 
 def trained(connection: Connection, samples: Iterable[str]) -> None:
@@ -74,16 +114,16 @@ def waiting(connection: Connection, turns: list[str]) -> set[str]:
 
 
 def fill(connection: Connection) -> None:
-    """Make both lists anew from the records."""
-    for table, query in (("unjudged (seq, turn)", _UNJUDGED), ("untrained (seq, sample)", _UNTRAINED)):
-        connection.execute(text(f"DELETE FROM {table.split()[0]}"))
-        connection.execute(text(f"INSERT INTO {table} {query}"))
+    """Make the lists anew from the records."""
+    for name, (columns, query) in LISTS.items():
+        connection.execute(text(f"DELETE FROM {name}"))
+        connection.execute(text(f"INSERT INTO {name} ({columns}) {query}"))
 
 
 def stale(connection: Connection) -> dict[str, int]:
     """How many entries each list has too many or too few; none if all is well."""
     found = {}
-    for name, query in (("unjudged", _UNJUDGED), ("untrained", _UNTRAINED)):
+    for name, (_, query) in LISTS.items():
         both = [f"SELECT seq FROM {name}", f"SELECT seq FROM ({query}) AS derived"]
         wrong = [text(f"SELECT count(*) FROM ({a} EXCEPT {b}) AS w") for a, b in (both, both[::-1])]
         if number := sum(connection.scalar(each) or 0 for each in wrong):

@@ -21,6 +21,7 @@ from clawrl.journal.migrations import migrate
 from clawrl.journal.tables import (
     CONSENTS,
     CONSUMPTIONS,
+    EPISODES,
     FEEDBACK,
     JUDGEMENTS,
     META,
@@ -31,6 +32,7 @@ from clawrl.journal.tables import (
     SCHEMA,
     SWAPS,
     TURNS,
+    UNCOMPARED,
     UNJUDGED,
     UNTRAINED,
     VERSIONS,
@@ -38,8 +40,11 @@ from clawrl.journal.tables import (
     RecordTable,
 )
 from clawrl.types import (
+    Comparison,
     Consent,
+    Episode,
     Erasure,
+    Feedback,
     GateDecision,
     Judgement,
     NextState,
@@ -69,6 +74,7 @@ _COUNTED: dict[Any, list[tuple]] = {
     CONSUMPTIONS.c.version: [("consumed",)],
     VERSIONS.c.seq: [("versions",)],
     SWAPS.c.seq: [("swaps",)],
+    FEEDBACK.c.seq: [("feedback",)],
 }
 """What `counts` counts, by the column that only grows from commit to commit."""
 
@@ -129,6 +135,23 @@ class JournalReader:
         """(id, session, index) of the user's newest main turn whose conversation has this digest."""
         query = select(TURNS.c.id, TURNS.c.session, TURNS.c.index)
         return self._newest_main_turn(query.where(TURNS.c.user == user, TURNS.c.conversation == conversation))
+
+    def continued(
+        self, user: str, conversations: Sequence[str], session: str | None = None
+    ) -> tuple[str, str, int, int] | None:
+        """(id, session, index, position) of the newest main turn of the first of the conversations that is known.
+
+        The user's; in the session, if one is named.
+        """
+        query = select(TURNS.c.id, TURNS.c.session, TURNS.c.index).where(TURNS.c.user == user)
+        if session is not None:
+            # not by the session's index: it may have many turns, of which few say the same
+            query = query.where(TURNS.c.session.concat("") == session)
+        for at, conversation in enumerate(conversations):
+            found = self._newest_main_turn(query.where(TURNS.c.conversation == conversation))
+            if found is not None:
+                return *found, at
+        return None
 
     def last_turn(self, user: str, session: str) -> tuple[str, str, int, str] | None:
         """(id, session, index, conversation) of the newest main turn of a session."""
@@ -197,6 +220,37 @@ class JournalReader:
         )
         return [(row[SAMPLES.c.seq], SAMPLES.decode(row)) for row in self._rows(query)]
 
+    def groups_to_compare(self, after: int, limit: int) -> list[tuple[int, str]]:
+        """Groups all of whose attempts have ended, in the order in which they did, beyond `after`."""
+        query = select(UNCOMPARED).where(UNCOMPARED.c.seq > after).order_by(UNCOMPARED.c.seq).limit(limit)
+        return [tuple(row.values()) for row in self._rows(query)]
+
+    def group(self, group: str) -> tuple[list[Episode], list[Turn]]:
+        """The attempts of a group in the order in which they ended, and their main turns; without those withdrawn."""
+        episodes = select(EPISODES.table).where(EPISODES.c.group == group).order_by(EPISODES.c.seq)
+        turns = (
+            select(TURNS.table)
+            .outerjoin(WITHDRAWN, WITHDRAWN.c.turn == TURNS.c.id)
+            .where(TURNS.c.group == group, TURNS.c.kind == "main", WITHDRAWN.c.turn.is_(None))
+            .order_by(TURNS.c.seq)
+        )
+        return [EPISODES.decode(row) for row in self._rows(episodes)], [TURNS.decode(row) for row in self._rows(turns)]
+
+    def steps(self, group: str) -> list[tuple[NextState, Judgement | None]]:
+        """What followed each main turn of a group, and how it was judged; without those withdrawn."""
+        query = (
+            select(NEXT_STATES.table, JUDGEMENTS.table)
+            .join(TURNS.table, TURNS.c.id == NEXT_STATES.c.turn)
+            .outerjoin(JUDGEMENTS.table, JUDGEMENTS.c.turn == NEXT_STATES.c.turn)
+            .outerjoin(WITHDRAWN, WITHDRAWN.c.turn == NEXT_STATES.c.turn)
+            .where(TURNS.c.group == group, TURNS.c.kind == "main", WITHDRAWN.c.turn.is_(None))
+            .order_by(NEXT_STATES.c.seq)
+        )
+        return [(NEXT_STATES.decode(row), JUDGEMENTS.decode(row)) for row in self._rows(query)]
+
+    def comparisons(self) -> list[Comparison]:
+        return self._all(Comparison)
+
     def held_out(self, limit: int) -> list[tuple[Sample, int | None]]:
         """The newest held-out samples, newest first, and how their turns were judged."""
         query = (
@@ -230,9 +284,9 @@ class JournalReader:
         )
         return [score for _, score in sorted(tuple(row.values()) for row in self._rows(query))]
 
-    def unrecorded(self, user: str, conversation: str) -> str | None:
-        """The session in which the user's conversation of this digest was last served, unrecorded; None: it was not."""
-        rows = self._rows(erasure.unrecorded_session(user, conversation))
+    def unrecorded(self, user: str, conversations: Sequence[str]) -> str | None:
+        """The session in which one of the user's conversations was last served, unrecorded; None: none was."""
+        rows = self._rows(erasure.unrecorded_session(user, conversations))
         return rows[0]["session"] if rows else None
 
     def consents(self, after: int, limit: int) -> list[tuple[int, Consent]]:
@@ -242,6 +296,49 @@ class JournalReader:
     def withdrawals(self) -> int:
         """A number that grows with every turn that is withdrawn, and every erasure."""
         return self._rows(erasure.withdrawals())[0]["number"]
+
+    def feedback(self, turn: str) -> list[Feedback]:
+        """What was said of a turn, oldest first."""
+        query = select(FEEDBACK.table).where(FEEDBACK.c.turn == turn).order_by(FEEDBACK.c.seq)
+        return [FEEDBACK.decode(row) for row in self._rows(query)]
+
+    def unanswered_feedback(self, after: int, before: float, limit: int) -> tuple[int, list[str]]:
+        """Main turns that nothing followed, of which something was said before `before` (seconds since the epoch).
+
+        Among the next `limit` feedbacks beyond seq `after`; with the seq to go on from.
+        """
+        query = (
+            select(FEEDBACK.c.seq, FEEDBACK.c.turn, FEEDBACK.c.at, TURNS.c.kind, NEXT_STATES.c.done)
+            .outerjoin(TURNS.table, TURNS.c.id == FEEDBACK.c.turn)
+            .outerjoin(NEXT_STATES.table, NEXT_STATES.c.turn == FEEDBACK.c.turn)
+            .where(FEEDBACK.c.seq > after)
+            .order_by(FEEDBACK.c.seq)
+            .limit(limit)
+        )
+        turns: dict[str, None] = {}
+        for row in self._rows(query):
+            if row["at"] > before:
+                break
+            after = row["seq"]
+            if row["kind"] == "main" and row["done"] is None:
+                turns[row["turn"]] = None
+        return after, list(turns)
+
+    def outline(self, limit: int, user: str | None = None, session: str | None = None) -> list[dict[str, Any]]:
+        """The newest turns, oldest first, without a word of them: where each stands, why, and what became of it."""
+        columns = ("id", "user", "session", "index", "kind", "source", "parent", "reason", "finish_reason", "started")
+        query = (
+            select(*(TURNS.c[name] for name in columns), NEXT_STATES.c.role, NEXT_STATES.c.done, JUDGEMENTS.c.score)
+            .outerjoin(NEXT_STATES.table, NEXT_STATES.c.turn == TURNS.c.id)
+            .outerjoin(JUDGEMENTS.table, JUDGEMENTS.c.turn == TURNS.c.id)
+            .order_by(TURNS.c.seq.desc())
+            .limit(limit)
+        )
+        if user is not None:
+            query = query.where(TURNS.c.user == user)
+        if session is not None:
+            query = query.where(TURNS.c.session == session)
+        return [dict(row) for row in reversed(self._rows(query))]
 
     def owners(self, session: str) -> list[str]:
         """Users who have a session of this name."""
@@ -399,6 +496,27 @@ class JournalStore(JournalReader):
             if rows:
                 connection.execute(insert(CONSUMPTIONS), rows)
                 queues.trained(connection, version.samples)
+
+        return write
+
+    def taking_feedback(self, feedback: Feedback, taken: list[tuple[str, bool]]) -> Write:
+        """The write of what a user says of a turn; the same again is ignored.
+
+        A turn that was judged without a sample coming of it is judged anew. `taken` gets the id of what is stored, and
+        whether that is so.
+        """
+        row = FEEDBACK.encode(feedback)
+
+        def write(connection: Connection) -> None:
+            last = select(FEEDBACK.c.id, FEEDBACK.c.score, FEEDBACK.c.text)
+            last = last.where(FEEDBACK.c.turn == feedback.turn, FEEDBACK.c.user == feedback.user)
+            found = connection.execute(last.order_by(FEEDBACK.c.seq.desc()).limit(1)).first()
+            if found is not None and (found.score, found.text) == (feedback.score, feedback.text):
+                taken.append((found.id, False))
+                return
+            if admitted := erasure.admitted(connection, FEEDBACK, [row]):
+                connection.execute(insert_new(connection, FEEDBACK.table), admitted)
+            taken.append((feedback.id, queues.judge_again(connection, feedback.turn)))
 
         return write
 

@@ -34,7 +34,9 @@ from sqlalchemy.types import TypeEngine, UserDefinedType
 
 from clawrl.types import (
     NOT_KEPT,
+    Comparison,
     Consent,
+    Episode,
     Erasure,
     Feedback,
     GateDecision,
@@ -48,7 +50,7 @@ from clawrl.types import (
     WeightVersion,
 )
 
-SCHEMA = 3
+SCHEMA = 6
 """Number of the layout below. A change to a table raises it and adds the step that brings an older journal here."""
 
 METADATA = MetaData()
@@ -209,6 +211,8 @@ TURNS = RecordTable(
         ("user", "session", "kind", "seq"),
         ("user", "request", "seq"),
         ("user", "seq"),
+        ("group", "seq"),
+        ("session", "user"),
     ),
 )
 NO_TOKENS = _to_npy(NOT_KEPT.prompt_ids)
@@ -227,6 +231,8 @@ DECISIONS = RecordTable("gate_decisions", GateDecision, unique=("version", "stag
 CONSENTS = RecordTable(
     "consents", Consent, indexes=(("user", "session"), ("conversation", "user"), ("conversation", "seq"))
 )
+EPISODES = RecordTable("episodes", Episode, unique=("session",), indexes=(("group",),))
+COMPARISONS = RecordTable("comparisons", Comparison, unique=("group",))
 ERASURES = RecordTable("erasures", Erasure, unique=("user", "at"))
 RECORD_TABLES: dict[type, RecordTable] = {
     table.record: table
@@ -242,6 +248,8 @@ RECORD_TABLES: dict[type, RecordTable] = {
         PINS,
         DECISIONS,
         CONSENTS,
+        EPISODES,
+        COMPARISONS,
         ERASURES,
     )
 }
@@ -269,3 +277,9 @@ WITHDRAWN = Table(
     Column("turn", Text, primary_key=True),
 )
 META = Table("meta", METADATA, Column("name", Text, primary_key=True), Column("value", Text, nullable=False))
+UNCOMPARED = Table(  # what `groups_to_compare` finds
+    "uncompared",
+    METADATA,
+    Column("seq", _Seq, ForeignKey(EPISODES.c.seq, ondelete="CASCADE"), primary_key=True, autoincrement=False),
+    Column("group", Text, nullable=False, unique=True),
+)

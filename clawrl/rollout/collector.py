@@ -12,6 +12,12 @@ states arrived (the journal's seq), because each one moves the user's running ba
 on the journal alone and never on which judgement was quicker, and what a killed collector leaves of a user is a prefix.
 A slow judgement holds back later samples of the same user, for as long as two timeouts at most, and nobody else's.
 
+Explicit feedback. Its score stands above the judge's; its text is read by the judge beside what followed. A turn that
+nothing follows is judged by it alone, `judge.feedback_wait_s` after it came.
+
+Environments. Turns of a group of attempts are not judged here: `comparing` runs beside this flow, and asks for votes on
+their steps where `learning.process_weight` says so.
+
 Failures. A call that fails because its replica is gone is repeated until `judge.timeout_s` has passed; only then does
 the turn abstain. A teacher or reference that fails drops its own term. A journal that fails is asked again until it
 answers: no judgement is thrown away.
@@ -24,7 +30,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -36,8 +42,9 @@ from clawrl.algorithms.hints import with_hint
 from clawrl.config import JudgeSection, LearningSection
 from clawrl.errors import ClawrlError
 from clawrl.observe import metric
+from clawrl.rollout.comparing import Comparer
 from clawrl.rollout.samples import build_sample, is_held_out, needs_scores, require_complete
-from clawrl.types import Judgement, NextState, Sample, Scores, Turn
+from clawrl.types import Feedback, Judgement, NextState, Sample, Scores, Turn
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +56,9 @@ IN_FLIGHT_PER_SLOT = 4
 """Turns held per judging slot: those being judged, and those judged that wait for an earlier turn of their user."""
 FORGOTTEN = 1e-6
 """A score whose share of a running baseline is below this no longer counts."""
+
+FEEDBACKS, FEEDBACK_POLL_S = 100, 1.0
+"""Read at once, and the pause between."""
 
 _Answer = TypeVar("_Answer")
 
@@ -80,18 +90,24 @@ class Collector:
         self._counts: Counter[str] = Counter()
         self._reward: float | None = None
         self._after = 0
-        self._polling = asyncio.get_running_loop().create_task(self._poll())
-        self._polling.add_done_callback(_report_defect)
+        self._comparer = Comparer(journal, learning, self._insist, self._reference, self._step)
+        loop = asyncio.get_running_loop()
+        flows = (self._poll(), self._end_silence(), self._comparer.run())
+        self._polling = [loop.create_task(each) for each in flows]
+        for task in self._polling:
+            task.add_done_callback(_report_defect)
 
     async def stats(self) -> dict[str, float | None]:
         """Counts since the actor's start, turns in flight, and the running mean of all scores."""
         names = ("judged", "abstained", "hints", "samples", "skipped", "teacher_failures", "reference_failures")
         counts: dict[str, float | None] = {name: self._counts[name] for name in (*names, "retries", "build_failures")}
-        return {**counts, "in_flight": len(self._turns), "users": len(self._rebuilt), "reward": self._reward}
+        compared = {f"compared_{name}": number for name, number in sorted(self._comparer.counts.items())}
+        known = {"in_flight": len(self._turns), "users": len(self._rebuilt), "reward": self._reward}
+        return {**counts, **known, **compared}
 
     async def close(self) -> None:
         """Stop at once; turns in flight have no judgement in the journal and are judged by the next collector."""
-        tasks = [self._polling, *self._turns]
+        tasks = [*self._polling, *self._turns]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -120,6 +136,7 @@ class Collector:
         try:
             async with self._slots:
                 judgement = await self._judged(turn, next_state)
+                judgement = with_score(judgement, await self._feedback(turn))
                 teacher, reference = await self._scored(turn, judgement)
             if earlier is not None:
                 await earlier.wait()
@@ -134,13 +151,38 @@ class Collector:
 
     async def _judged(self, turn: Turn, next_state: NextState) -> Judgement:
         """The judge's answer, or an abstention that says why there is none."""
+        next_state = with_corrections(next_state, await self._feedback(turn))
+        if not next_state.messages:
+            return Judgement(turn.id, (), None, (), 0, 0.0, error="nothing was said after it", at=time.time())
+        return await self._asked(self._judge.judge, turn, next_state)
+
+    async def _step(self, turn: Turn, next_state: NextState) -> Judgement:
+        """The judge's votes on a step of an episode, or an abstention."""
+        async with self._slots:
+            return await self._asked(self._judge.judge_step, turn, next_state)
+
+    async def _asked(self, method: Any, turn: Turn, next_state: NextState) -> Judgement:
         started, timeout_s = time.time(), self._judging.timeout_s
         try:
-            return await self._insist(partial(self._judge.judge.remote, turn, next_state), timeout_s=timeout_s)
+            return await self._insist(partial(method.remote, turn, next_state), timeout_s=timeout_s)
         except Exception as error:
             log.warning("event=judge_abstains turn=%s error=%s", turn.id, type(error).__name__)
             now = time.time()
             return Judgement(turn.id, (), None, (), judge_version=0, seconds=now - started, error=str(error), at=now)
+
+    async def _feedback(self, turn: Turn) -> list[Feedback]:
+        return await self._insist(partial(self._journal.feedback.remote, turn.id))
+
+    async def _end_silence(self) -> None:
+        """Let turns be judged that nothing followed and of which something was said."""
+        after, wait_s = 0, self._judging.feedback_wait_s
+        while True:
+            ask = partial(self._journal.unanswered_feedback.remote, after, time.time() - wait_s, FEEDBACKS)
+            after, turns = await self._insist(ask)
+            ends = [NextState(turn, "user", (), False, time.time()) for turn in turns]
+            if ends:
+                await self._insist(partial(self._journal.append.remote, *ends))
+            await asyncio.sleep(FEEDBACK_POLL_S)
 
     async def _scored(self, turn: Turn, judgement: Judgement) -> tuple[list[Scores | None], Scores | None]:
         """The teacher's scores of the reply under each hint used, and the reference's; None where there are none."""
@@ -148,7 +190,7 @@ class Collector:
         hints = judgement.hints[: self._learning.max_hints] if teach else ()
         *teacher, reference = await asyncio.gather(
             *(self._try_score(turn, "teacher", partial(self._ask_teacher, turn, hint)) for hint in hints),
-            self._try_score(turn, "reference", partial(self._ask_reference, turn)) if refer else _nothing(),
+            self._reference(turn) if refer else _nothing(),
         )
         return teacher, reference
 
@@ -204,6 +246,9 @@ class Collector:
             hinted, turn.tools, turn.template, turn.capture.completion_ids, self._learning.teacher_top
         )
 
+    async def _reference(self, turn: Turn) -> Scores | None:
+        return await self._try_score(turn, "reference", partial(self._ask_reference, turn))
+
     def _ask_reference(self, turn: Turn) -> Awaitable[Scores]:
         return self._judge.score_ids.remote(turn.capture.prompt_ids, turn.capture.completion_ids, 0)
 
@@ -250,6 +295,18 @@ class Collector:
             self._counts["retries"] += 1
             await asyncio.sleep(pause)
             pause = min(2 * pause, LAST_PAUSE_S)
+
+
+def with_corrections(next_state: NextState, feedback: Sequence[Feedback]) -> NextState:
+    """What followed, with the words of explicit feedback before it: those of a user."""
+    said = tuple({"role": "user", "content": each.text} for each in feedback if each.text)
+    return replace(next_state, role="user", messages=(*said, *next_state.messages)) if said else next_state
+
+
+def with_score(judgement: Judgement, feedback: Sequence[Feedback]) -> Judgement:
+    """The latest explicit score stands above the votes, which stay as they were cast."""
+    scores = [each.score for each in feedback if each.score is not None]
+    return replace(judgement, score=scores[-1]) if scores else judgement
 
 
 class _Late(Exception):

@@ -17,6 +17,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -113,7 +114,10 @@ class AgentEnv(gymnasium.Env[tuple[Message, ...], Message], Generic[TaskT], ABC)
         self.observation_space = MessagesSpace()
         self.action_space = MessageSpace()
         self.task: TaskT | None = None
+        self.opening: Opening | None = None
         self.tools: tuple[Tool, ...] = ()
+        self.outcome: float | None = None  # of this episode, once it was graded
+        self.workdir: str | None = None  # a folder of this machine where a program may act, if there is one
 
     # -- what an environment defines ---------------------------------------------------------------------------------
 
@@ -137,6 +141,14 @@ class AgentEnv(gymnasium.Env[tuple[Message, ...], Message], Generic[TaskT], ABC)
     def gold(self, task: TaskT) -> Sequence[Message]:
         """Assistant messages that solve the task one after the other, to prove that it can be solved."""
 
+    @classmethod
+    def reconcile(cls, run: str) -> None:
+        """Remove what killed processes of a run left on this machine. Called before a pool's worker makes the first.
+
+        An environment that makes what outlives its process (a sandbox) overrides it, and has an option `run` that
+        labels what it makes.
+        """
+
     # -- gymnasium's side --------------------------------------------------------------------------------------------
 
     def reset(
@@ -153,9 +165,10 @@ class AgentEnv(gymnasium.Env[tuple[Message, ...], Message], Generic[TaskT], ABC)
             raise EnvError(f"{self.name}: split {split!r} is unknown; use one of {', '.join(SPLITS)}")
         number = chosen.get("task")
         self.task = self.make_task(int(self.np_random.integers(2**31) if number is None else number), split)
-        opening = self.begin(self.task)
+        self.outcome = None
+        self.opening = opening = self.begin(self.task)
         self.tools = opening.tools
-        return opening.messages, {"task": self.task.id, "tools": opening.tools}
+        return deepcopy(opening.messages), {"task": self.task.id, "tools": deepcopy(opening.tools)}
 
     def step(self, action: Message) -> tuple[tuple[Message, ...], float, bool, bool, dict[str, Any]]:
         """Never truncates: that is the rollout's. The last reward has the verdict in it, which is `info["outcome"]`.
@@ -167,8 +180,14 @@ class AgentEnv(gymnasium.Env[tuple[Message, ...], Message], Generic[TaskT], ABC)
         answer = self.act(action)
         if not answer.terminated:
             return answer.messages, float(answer.reward), False, False, dict(answer.info)
-        outcome = self.grade()
+        outcome = self.verdict()
         return answer.messages, float(answer.reward + outcome), True, False, {**answer.info, "outcome": outcome}
+
+    def verdict(self) -> float:
+        """The episode's outcome: graded when it is first asked for, and then the same."""
+        if self.outcome is None:
+            self.outcome = float(self.grade())
+        return self.outcome
 
 
 def split_of(task: str, held_out_share: float = HELD_OUT_SHARE) -> Split:
@@ -194,9 +213,10 @@ def calls(action: Message, tools: Sequence[Tool]) -> list[Call]:
 
 
 def _checked(position: int, call: Any, known: Mapping[str, dict[str, Any]]) -> Call:
-    function = call.get("function") if isinstance(call, dict) else None
+    call = call if isinstance(call, dict) else {}
+    function = call.get("function")
     function = function if isinstance(function, dict) else {}
-    identity, name = str((call or {}).get("id") or f"call_{position}"), str(function.get("name") or "")
+    identity, name = str(call.get("id") or f"call_{position}"), str(function.get("name") or "")
     if name not in known:
         return Call(identity, name, {}, f"error: there is no tool {name!r}; the tools are {', '.join(known)}")
     raw = function.get("arguments")

@@ -5,6 +5,7 @@ Knows records and the learning section; the mathematics is in `algorithms`. Igno
     Turn + Judgement + baseline ──────────► advantages       (rl, hybrid)    rl_weight folded in
     Turn + teacher Scores per hint ───────► distillation     (opd, hybrid)   opd_weight folded in
     Turn + reference Scores ──────────────► reference log-probabilities      (beside one of the above only)
+    Turn of an environment + its attempt's advantage ─────────────► advantages, whatever the method
 
 Folding is exact: the clipped surrogate is positively homogeneous in the advantage, w·f(A) = f(w·A) for w >= 0.
 
@@ -55,6 +56,31 @@ def build_sample(
     distillation = _distillation(turn, [scores for scores in teacher if scores is not None], known, learning)
     if advantages is None and distillation is None:
         return None
+    return _sample(turn, advantages, distillation, reference, learning, judgement.at)
+
+
+def outcome_sample(
+    turn: Turn, advantage: float, reference: Scores | None, learning: LearningSection, at: float
+) -> Sample | None:
+    """The sample of an environment's turn, every reply token worth its attempt's advantage; None if it cannot train."""
+    if not trains(turn):
+        return None
+    known = np.isfinite(turn.capture.logprobs)
+    advantages = np.where(known, score_advantages(advantage, len(known)), 0).astype(np.float32)
+    return _sample(turn, advantages, None, reference, learning, at)
+
+
+def _sample(
+    turn: Turn,
+    advantages: np.ndarray | None,
+    distillation: Distillation | None,
+    reference: Scores | None,
+    learning: LearningSection,
+    at: float,
+) -> Sample:
+    """Targets of the reply's T tokens -> a sample over all P + T."""
+    capture = turn.capture
+    known = np.isfinite(capture.logprobs)
     num_prompt = len(capture.prompt_ids)
     reference = reference if learning.kl_weight > 0 else None
     return Sample(
@@ -70,7 +96,7 @@ def build_sample(
         oldest_version=min(span.version for span in capture.versions),
         newest_version=max(span.version for span in capture.versions),
         weight=1.0,
-        at=judgement.at,
+        at=at,
     )
 
 

@@ -5,6 +5,7 @@ Ignores everything inside them. `main` deploys what `build` returns.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -13,6 +14,7 @@ from clawrl.config import Config, EngineSection
 from clawrl.serving.admin import Acts
 from clawrl.serving.gateway import Gateway
 from clawrl.serving.judge import Judge
+from clawrl.serving.keys import FILE, KeyRing
 from clawrl.serving.policy import Policy
 
 APPLICATION = "clawrl"
@@ -48,12 +50,13 @@ def bind_gateway(
         serve.ingress()(Gateway),
         name="gateway",
         num_replicas=config.gateway.replicas,
-        max_ongoing_requests=config.gateway.max_concurrent_requests,
+        max_ongoing_requests=config.gateway.max_concurrent_requests + config.gateway.max_waiting,
         health_check_period_s=5,
         graceful_shutdown_timeout_s=5,
         ray_actor_options={"num_cpus": CPU_SHARE["gateway"], "resources": {f"node:{here}": 0.001}},
     )
-    return gateway.bind(config.gateway, config.policy, policy, journal, status, admin, config.privacy)
+    keys = KeyRing(Path(config.run_root).resolve() / FILE)
+    return gateway.bind(config.gateway, config.policy, policy, journal, status, admin, config.privacy, keys)
 
 
 def _engine_deployment(cls: type, name: str, settings: EngineSection) -> Any:

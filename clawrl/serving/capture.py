@@ -44,10 +44,12 @@ class Recorder:
     _spans: tuple[VersionSpan, ...] = ()
 
     def add(self, output: Any) -> None:
-        """Take one vLLM RequestOutput (delta kind) of a single completion."""
+        """Take one vLLM RequestOutput (delta kind); of several choices the first."""
         if not self.prompt_ids and output.prompt_token_ids is not None:
             self.prompt_ids = list(output.prompt_token_ids)
-        completion = output.outputs[0]
+        completion = next((each for each in output.outputs if not each.index), None)
+        if completion is None:
+            return
         self.completion_ids.extend(completion.token_ids)
         if completion.finish_reason is not None:
             self.finish_reason = completion.finish_reason
@@ -72,8 +74,9 @@ class Recorder:
         if self.finish_reason is None:
             raise PolicyError("the engine ended a reply without a finish reason; nothing of it was captured")
         none = [np.empty((0, 1 + self.support))]
-        token_ids = np.concatenate(self._token_ids or none).astype(np.int32)
-        logprobs = np.concatenate(self._logprobs or none).astype(np.float32)
+        kept = slice(len(self.completion_ids))  # what was sampled beyond a stop string is no part of the reply
+        token_ids = np.concatenate(self._token_ids or none)[kept].astype(np.int32)
+        logprobs = np.concatenate(self._logprobs or none)[kept].astype(np.float32)
         capture = Capture(
             prompt_ids=np.asarray(self.prompt_ids, np.int32),
             completion_ids=np.asarray(self.completion_ids, np.int32),
@@ -105,6 +108,8 @@ class ReplyAssembler:
     def add_chunk(self, chunk: dict[str, Any]) -> None:
         self.id = chunk.get("id") or self.id
         for choice in chunk.get("choices", ()):
+            if choice.get("index"):
+                continue
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
             delta = choice["delta"]
             self._content.append(delta.get("content") or "")

@@ -73,7 +73,9 @@ class Engine:
             shown = sampling_params.logprobs is not None
             self._captured[request_id] = recorder, shown
             sampling_params.logprobs = max(sampling_params.logprobs or 0, self._support)
-            sampling_params.extra_args = {**(sampling_params.extra_args or {}), KEEP_BACK: not shown}
+            # A stop string is found outside the engine, which then sends no last message with what was kept.
+            kept = not shown and not sampling_params.stop
+            sampling_params.extra_args = {**(sampling_params.extra_args or {}), KEEP_BACK: kept}
         prompt["cache_salt"] = f"{self._salt}{prompt.get('cache_salt') or ''}"
         self.streams += 1
         try:
@@ -93,7 +95,7 @@ class Engine:
         slice and merge them for each output: more work than all else it does with a token in this process.
         """
         recorder, shown = self._captured.get(request.external_req_id, (None, False))
-        if recorder is None:
+        if recorder is None or index:  # of several choices the first is captured
             self._register(request, prompt, parent, index, queue)
             return
         self._register(request, prompt, parent, index, ChunkQueue(queue, self._chunk_interval))
@@ -267,7 +269,9 @@ class ChunkQueue:
         else:
             self._held.add(output, aggregate=self._queue.aggregate)
         loop = asyncio.get_running_loop()
-        if output.finished or loop.time() >= self._due:
+        # Of several choices the last to end ends the request: what is held of another then comes too late.
+        ended = output.finished or any(each.finish_reason for each in output.outputs)
+        if ended or loop.time() >= self._due:
             self._pass_on()
         elif self._timer is None:
             self._timer = loop.call_at(self._due, self._pass_on)
@@ -296,6 +300,7 @@ async def start_engine(
     """
     _set_environment(settings)
     from vllm import SamplingParams
+    from vllm.config import StructuredOutputsConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
@@ -319,6 +324,8 @@ async def start_engine(
         enforce_eager=settings.enforce_eager,
         disable_log_stats=True,
         max_logprobs=128,
+        # JSON without free white space: a schema allows it without end, and small models then write nothing else.
+        structured_outputs_config=StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True),
         weight_transfer_config={"backend": BACKEND} if weight_transfer else None,  # type: ignore[arg-type]
     )
     try:

@@ -1,6 +1,6 @@
 """The judge replica: a frozen model that votes on replies, writes hints, and scores tokens as the teacher.
 
-Knows the engine and the two questions of `judging`. Ignores the journal, baselines and samples: the collector asks,
+Knows the engine and the questions of `judging`. Ignores the journal, baselines and samples: the collector asks,
 a `Judgement` comes back. It holds the initial weights for good, so it is also the frozen teacher and the reference.
 """
 
@@ -17,7 +17,7 @@ from clawrl.errors import JudgeError, boundary
 from clawrl.observe import metric
 from clawrl.serving import judging
 from clawrl.serving.engine import Scorer, start_engine
-from clawrl.types import Judgement, NextState, Turn
+from clawrl.types import Judgement, Message, NextState, Turn
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +40,19 @@ class Judge(Scorer):
         Raises JudgeError when the engine fails. An answer that cannot be read is a vote of None; a question that
         does not fit into the context abstains.
         """
-        started = time.perf_counter()
         evidence = (self._prompts, turn.messages, turn.reply, next_state)
         questions = [judging.evaluative(*evidence)]
         if self._hints:
             questions.append(judging.directive(*evidence))
+        return await self._answered(turn, questions)
+
+    async def judge_step(self, turn: Turn, next_state: NextState) -> Judgement:
+        """Votes on one step of an episode, in the light of its task and history; otherwise as `judge`."""
+        return await self._answered(turn, [judging.step(self._prompts, turn.messages, turn.reply, next_state)])
+
+    async def _answered(self, turn: Turn, questions: list[list[Message]]) -> Judgement:
+        """The judgement by the answers to a question for votes and, if there are two, one for hints."""
+        started = time.perf_counter()
         with boundary(JudgeError, f"judging turn {turn.id}"):
             prompts = [await self._engine.render(question, (), {}) for question in questions]
             longest = max(len(prompt) for prompt in prompts)
@@ -52,7 +60,7 @@ class Judge(Scorer):
                 return self._abstain(turn, longest, time.perf_counter() - started)
             answers = await asyncio.gather(*(self._ask(prompt) for prompt in prompts))
         votes = tuple(judging.parse_vote(text) for text in answers[0])
-        hints = judging.dedupe_hints(judging.parse_hint(text) for text in answers[1]) if self._hints else ()
+        hints = judging.dedupe_hints(judging.parse_hint(text) for texts in answers[1:] for text in texts)
         seconds = time.perf_counter() - started
         metric("judge/latency_s").observe(seconds)
         score = judging.plurality(votes)

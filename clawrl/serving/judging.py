@@ -1,10 +1,11 @@
 """What the judge is asked and how its answers are read: pure text in, pure values out.
 
 Knows prompts (`prompts/*.txt`), chat messages and next states. Ignores engines, votes' timing and where the
-answers go. Two questions, after OpenClaw-RL (arXiv:2603.10165, section 3):
+answers go. Three questions, after OpenClaw-RL (arXiv:2603.10165, section 3):
 
     evaluative   did the reply do what was asked, given what followed?        -> \\boxed{1 | -1 | 0}
     directive    does what followed say what the reply should have done?      -> \\boxed{1} + hint, or \\boxed{-1}
+    step         did this step of a task bring it forward?                    -> \\boxed{1 | -1 | 0}
 """
 
 from __future__ import annotations
@@ -49,10 +50,11 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """The two questions of one judge, and how much text it can take."""
+    """The questions of one judge, and how much text it can take."""
 
     evaluative: Prompt
     directive: Prompt
+    step: Prompt
     budget: Budget
 
 
@@ -64,20 +66,30 @@ BUDGETS: dict[PromptSet, Budget] = {
 
 @cache
 def load_prompts(name: PromptSet) -> Prompts:
-    """The prompts shipped under `prompts/`: `tiny` is what the tiny model was trained on, `full` is for big models."""
+    """The prompts shipped under `prompts/`: `tiny` is what the tiny model was trained on, `full` is for big models.
+
+    The tiny model has seen tool calls and their results in the evaluative form only: its step is asked for in that.
+    """
     if name not in BUDGETS:
         raise ValueError(f"judge.prompts={name!r} is unknown; choose one of {', '.join(BUDGETS)}")
-    return Prompts(_load(f"{name}_evaluative"), _load(f"{name}_directive"), BUDGETS[name])
+    evaluative = _load(f"{name}_evaluative")
+    step = evaluative if name == "tiny" else _load(f"{name}_step")
+    return Prompts(evaluative, _load(f"{name}_directive"), step, BUDGETS[name])
 
 
 def evaluative(prompts: Prompts, messages: Sequence[Message], reply: Message, next_state: NextState) -> list[Message]:
     """The chat that asks for a vote on `reply`, which answered `messages` and was followed by `next_state`."""
-    return _ask(prompts.evaluative, prompts.budget, messages, reply, next_state)
+    return _ask(prompts.evaluative, prompts.budget, _split_request(messages), reply, next_state)
 
 
 def directive(prompts: Prompts, messages: Sequence[Message], reply: Message, next_state: NextState) -> list[Message]:
     """The chat that asks for a hint on `reply`, which answered `messages` and was followed by `next_state`."""
-    return _ask(prompts.directive, prompts.budget, messages, reply, next_state)
+    return _ask(prompts.directive, prompts.budget, _split_request(messages), reply, next_state)
+
+
+def step(prompts: Prompts, messages: Sequence[Message], reply: Message, next_state: NextState) -> list[Message]:
+    """The chat that asks for a vote on one step of an episode, whose task is the first user message of `messages`."""
+    return _ask(prompts.step, prompts.budget, _split_task(messages), reply, next_state)
 
 
 def parse_vote(text: str) -> int | None:
@@ -134,10 +146,10 @@ def _load(stem: str) -> Prompt:
 
 
 def _ask(
-    prompt: Prompt, budget: Budget, messages: Sequence[Message], reply: Message, next_state: NextState
+    prompt: Prompt, budget: Budget, before: tuple[list[Message], str], reply: Message, next_state: NextState
 ) -> list[Message]:
     """One pass of substitution, so that no `$name` in anybody's text is ever replaced."""
-    history, request = _split_request(messages)
+    history, request = before
     text = prompt.template.safe_substitute(
         request=clip(request, budget.request),
         history=_history_text(history, budget.history),
@@ -150,8 +162,23 @@ def _ask(
 
 def _split_request(messages: Sequence[Message]) -> tuple[list[Message], str]:
     """All messages but the last user message and the system's, and that user message's text."""
-    spoken = [message for message in messages if message.get("role") not in ("system", "developer")]
-    for at in range(len(spoken) - 1, -1, -1):
+    spoken = _spoken(messages)
+    return _split_at(spoken, reversed(range(len(spoken))))
+
+
+def _split_task(messages: Sequence[Message]) -> tuple[list[Message], str]:
+    """All messages but the first user message and the system's, and that user message's text."""
+    spoken = _spoken(messages)
+    return _split_at(spoken, range(len(spoken)))
+
+
+def _spoken(messages: Sequence[Message]) -> list[Message]:
+    return [message for message in messages if message.get("role") not in ("system", "developer")]
+
+
+def _split_at(spoken: list[Message], positions: Iterable[int]) -> tuple[list[Message], str]:
+    """Without the first user message along `positions`, and that message's text."""
+    for at in positions:
         if spoken[at].get("role") == "user":
             return spoken[:at] + spoken[at + 1 :], message_text(spoken[at])
     return spoken, ""

@@ -9,15 +9,22 @@ after a crash binds at once, and one that is gone gets none.
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from collections.abc import Awaitable
 from contextlib import contextmanager, suppress
+from http import HTTPStatus
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from clawrl.errors import GatewayError
 
 BACKLOG = 2048
+HEADER_S, HEADER_BYTES = 20.0, 64 * 1024
+"""How long a request's header may take, and about how long it may be."""
 STOP_S = 4.0
 KEEP_ALIVE_S = 75
 """Longer than clients keep idle connections, so that none sends its next request into one that is being closed."""
@@ -33,6 +40,8 @@ class Listener:
         config = uvicorn.Config(
             app,
             loop="none",
+            http=BoundedHeaders,
+            ws="none",
             lifespan="off",
             access_log=False,
             log_config=None,
@@ -55,6 +64,58 @@ class Listener:
         self._server.should_exit = True
         with suppress(asyncio.CancelledError, TimeoutError):
             await asyncio.wait_for(self._serving, STOP_S + 1)
+
+
+class BoundedHeaders(HttpToolsProtocol):
+    """HTTP/1.1 of one connection, closed with an error where a header comes too slowly or goes on too long."""
+
+    _late: asyncio.TimerHandle | None = None
+    _header_bytes = 0
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._await_header()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._header_came()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if self._late is None:
+            self._await_header()
+
+    def on_headers_complete(self) -> None:
+        self._header_came()
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._late is not None:
+            self._header_bytes += len(data)
+            if self._header_bytes > HEADER_BYTES:
+                self._refuse(431, "the request's header is too long")
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, "this is no HTTP request that can be read")
+
+    def _await_header(self) -> None:
+        self._header_bytes = 0
+        self._late = self.loop.call_later(HEADER_S, self._refuse, 408, "the request's header did not come in time")
+
+    def _header_came(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    def _refuse(self, status: int, message: str) -> None:
+        self._header_came()
+        if self.transport.is_closing():
+            return
+        body = json.dumps(GatewayError(message, status=status).body()).encode()
+        head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+        self.transport.write(f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body)
+        self.transport.close()
 
 
 class _Server(uvicorn.Server):
@@ -86,20 +147,6 @@ def _bind(host: str, port: int) -> socket.socket:
         raise
     bound.setblocking(False)
     return bound
-
-
-class Slots:
-    """ASGI middleware: at most so many requests of these paths at a time; the others wait for their turn, unrefused."""
-
-    def __init__(self, app: Any, paths: frozenset[str], limit: int) -> None:
-        self._app, self._paths, self._free = app, paths, asyncio.Semaphore(limit)
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope.get("path") not in self._paths:
-            await self._app(scope, receive, send)
-            return
-        async with self._free:
-            await self._app(scope, receive, send)
 
 
 class InTurn:

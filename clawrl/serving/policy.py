@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from clawrl.errors import PolicyError
 from clawrl.observe import metric
 from clawrl.serving.capture import Finished, Recorder, Refused
 from clawrl.serving.engine import Engine, Scorer, start_engine
+from clawrl.serving.layers import Layer, layers
 from clawrl.types import Publication, Swap
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class Policy(Scorer):
             reasoning_parser=settings.reasoning_parser,
         )
         await self._adopt(engine)
-        self._chat = _openai_chat(self._engine, settings)
+        self._layers = layers(self._engine, settings, _openai_chat(self._engine, settings))
         self._failure: Exception | None = None
         self._canary_logprobs: tuple[np.ndarray, ...] | None = None
         if store is not None:
@@ -61,30 +62,52 @@ class Policy(Scorer):
 
         Streamed, the pieces are server-sent events without the final `[DONE]`; otherwise one piece is the JSON body.
         """
+        async for piece in self._serve(self._layers["chat"], body, request_id):
+            yield piece
+
+    async def complete(self, body: dict[str, Any], request_id: str) -> AsyncIterator[str | Refused | Finished]:
+        """The same for a text completion; of several prompts or choices the first is captured."""
+        async for piece in self._serve(self._layers["complete"], body, request_id):
+            yield piece
+
+    async def respond(self, body: dict[str, Any], request_id: str) -> AsyncIterator[str | Refused | Finished]:
+        """The same for a response."""
+        async for piece in self._serve(self._layers["respond"], body, request_id):
+            yield piece
+
+    async def _serve(
+        self, layer: Layer, body: dict[str, Any], request_id: str
+    ) -> AsyncIterator[str | Refused | Finished]:
         from pydantic import ValidationError
-        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.exceptions import VLLMClientError
 
         try:
-            request = ChatCompletionRequest.model_validate({**body, "request_id": request_id})
+            request = layer.request.model_validate({**body, "request_id": layer.named.format(request_id)})
         except ValidationError as error:
             yield _refused_validation(error)
             return
-        recorder = self._engine.record(f"chatcmpl-{request_id}")
+        except VLLMClientError as error:
+            yield _refused(error)
+            return
+        captured = layer.captured.format(request_id)
+        recorder = self._engine.record(captured)
         try:
-            async for piece in self._answer(request, recorder):
+            async for piece in self._answer(layer.create, request, recorder):
                 yield piece
         finally:
-            self._engine.forget(f"chatcmpl-{request_id}")
+            self._engine.forget(captured)
 
-    async def _answer(self, request: Any, recorder: Recorder) -> AsyncIterator[str | Refused | Finished]:
+    async def _answer(
+        self, create: Callable[[Any], Awaitable[Any]], request: Any, recorder: Recorder
+    ) -> AsyncIterator[str | Refused | Finished]:
         try:
-            answer = await self._chat.create_chat_completion(request)
+            answer = await create(request)
         except Exception as error:
             if self._engine.errored:  # this process is about to end, and the gateway asks another replica
                 await asyncio.Event().wait()
             yield _refused(error)
             return
-        if hasattr(answer, "error"):
+        if getattr(answer, "error", None) is not None:
             yield _refused(answer)
         elif not request.stream:
             yield answer.model_dump_json()

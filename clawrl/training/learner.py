@@ -119,6 +119,7 @@ class Learner:
                 world=self.world,
                 pack_tokens=self._settings.pack_tokens,
                 normalise=self._learning.normalise,
+                normalise_length=self._learning.normalise_length,
                 version=version,
             )[self.rank]
             metrics |= self._step(rows)

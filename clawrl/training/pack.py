@@ -19,6 +19,8 @@ import numpy as np
 
 from clawrl.types import Sample
 
+Normalisation = Literal["sample", "token", "constant"]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedRow:
@@ -27,6 +29,7 @@ class PackedRow:
     token_ids: np.ndarray  # i64[T]
     position_ids: np.ndarray  # i64[T]
     bounds: tuple[int, ...]  # 0, ..., T: sequence i is tokens [bounds[i], bounds[i+1])
+    segments: np.ndarray  # i64[S]: the sequence that each scored position belongs to
     positions: np.ndarray  # i64[S]: the position whose output predicts the target
     targets: np.ndarray  # i64[S]: token_ids[positions + 1]
     behaviour_logprobs: np.ndarray  # f32[S]
@@ -34,7 +37,7 @@ class PackedRow:
     reference_logprobs: np.ndarray  # f32[S]; 0 where has_reference is false
     has_reference: np.ndarray  # bool[S]
     fresh: np.ndarray  # bool[S]: sampled under the weights the step starts from
-    weights: np.ndarray  # f32[S]; sums to 1 over the rows of all ranks
+    weights: np.ndarray  # f32[S]; sums to 1 over the rows of all ranks, unless normalised by a constant
     support: np.ndarray  # i64[S, k]
     support_behaviour_logprobs: np.ndarray  # f32[S, k]
     support_advantages: np.ndarray  # f32[S, k]
@@ -46,7 +49,8 @@ def pack(
     *,
     world: int,
     pack_tokens: int,
-    normalise: Literal["sample", "token"] = "sample",
+    normalise: Normalisation = "sample",
+    normalise_length: int = 1,
     version: int | None = None,
 ) -> list[list[PackedRow]]:
     """Rows of each rank, [world][n]: every rank gets the same number n, so that collectives meet.
@@ -56,7 +60,7 @@ def pack(
     """
     if not samples:
         raise ValueError("pack got no sample; an empty batch has nothing to train on")
-    weights = _token_weights(samples, normalise)
+    weights = _token_weights(samples, normalise, normalise_length)
     width = max((sample.distillation.support.shape[1] for sample in samples if sample.distillation), default=0)
     return [
         [_row([samples[i] for i in chosen], [weights[i] for i in chosen], width, version) for chosen in rows]
@@ -122,12 +126,17 @@ def scored_positions(sample: Sample) -> np.ndarray:
     return np.flatnonzero(sample.loss_mask[1:])
 
 
-def _token_weights(samples: Sequence[Sample], normalise: Literal["sample", "token"]) -> list[float]:
+def _token_weights(samples: Sequence[Sample], normalise: Normalisation, constant: int) -> list[float]:
     """Weight of each token of each sample, so that the weighted sum over the whole batch is a mean.
 
-    `sample`: mean over a sample's tokens, then weighted mean over samples. `token`: weighted mean over all tokens.
+    `sample`: mean over a sample's tokens, then weighted mean over samples (GRPO, arXiv:2402.03300, eq. 3). `token`:
+    weighted mean over all tokens (DAPO, arXiv:2503.14476, eq. 8). `constant`: sum over a sample's tokens divided by
+    the same length for all, then weighted mean over samples (Dr. GRPO, arXiv:2503.20783): no reply is favoured for
+    being short or long.
     """
     lengths = [len(scored_positions(sample)) for sample in samples]
+    if normalise == "constant":
+        lengths = [constant if length else 0 for length in lengths]
     if normalise == "token":
         total = sum(sample.weight * length for sample, length in zip(samples, lengths, strict=True))
         weights = [sample.weight / total for sample in samples] if total > 0 else []
@@ -167,6 +176,7 @@ def _row(samples: Sequence[Sample], weights: Sequence[float], width: int, versio
         token_ids=token_ids,
         position_ids=np.concatenate([np.arange(len(sample.token_ids)) for sample in samples]),
         bounds=tuple(int(bound) for bound in bounds),
+        segments=each(list(range(len(samples))), np.int64),
         positions=positions,
         targets=token_ids[positions + 1],
         behaviour_logprobs=gather([sample.logprobs for sample in samples]),
@@ -202,7 +212,7 @@ def _idle_row(width: int) -> PackedRow:
     ids = np.zeros((1, width), np.int64)
     flat, invalid = np.zeros((1, width), np.float32), np.zeros((1, width), np.bool_)
     return PackedRow(
-        token_ids=np.zeros(2, np.int64), position_ids=np.arange(2), bounds=(0, 2),
+        token_ids=np.zeros(2, np.int64), position_ids=np.arange(2), bounds=(0, 2), segments=np.zeros(1, np.int64),
         positions=np.zeros(1, np.int64), targets=np.zeros(1, np.int64),
         behaviour_logprobs=one, advantages=one, reference_logprobs=one, has_reference=none, fresh=none, weights=one,
         support=ids, support_behaviour_logprobs=flat, support_advantages=flat, support_valid=invalid,

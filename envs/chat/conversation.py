@@ -7,6 +7,7 @@ OpenAI protocol is sent but two headers that any client may set (`X-Session-Id`,
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from clawrl.types import Message
 from envs.chat.styles import Style, classify
 from envs.chat.user import Persona, SimulatedUser, satisfies
 from envs.chat.world import Problem, Solution, check
+
+log = logging.getLogger(__name__)
 
 REPLY_TOKENS = 192
 ATTEMPTS = 3
@@ -170,7 +173,8 @@ async def _ask(
                 return await _stream(plain, request, headers, wire)
             completion = await plain.chat.completions.create(**request, extra_headers=headers)
             return completion.choices[0].message.content or ""
-        except openai.APIError:
+        except openai.APIError as error:
+            log.warning("event=request_failed attempt=%d error=%r cause=%r", attempt, error, error.__cause__)
             wire.num_failed += 1
             if attempt + 1 < ATTEMPTS:
                 await asyncio.sleep(0.2 * 2**attempt)

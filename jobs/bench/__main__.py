@@ -1,4 +1,4 @@
-"""`python -m jobs.bench serving|swap|train|memory|journal [--json FILE] [--config FILE] [section.key=value…]`
+"""`python -m jobs.bench serving|swap|train|memory|journal|sandbox|envs [--json FILE] [--config FILE] [section.key=v …]`
 
 Prints a table, and writes the same with its circumstances as JSON. Ratios are measured side by side in one run and
 travel between machines; times and rates do not, least of all from a busy one: `load` says how busy it was.
@@ -65,7 +65,16 @@ def _parser() -> argparse.ArgumentParser:
     journal.add_argument("--small", type=int, default=1000, help="turns of the small one (default: %(default)s)")
     journal.add_argument("--large", type=int, default=1_000_000, help="turns of the large one (default: %(default)s)")
     journal.add_argument("--turns", type=int, default=1000, help="turns measured at each size (default: %(default)s)")
-    for verb in (serving, swap, train, memory, journal):
+    sandbox = verbs.add_parser("sandbox", help="start and command latency of sandboxes, backends side by side")
+    sandbox.add_argument("--rounds", type=int, default=10, help="sandboxes of each (default: %(default)s)")
+    sandbox.add_argument("--commands", type=int, default=500, help="in each one's shell (default: %(default)s)")
+    sandbox.add_argument("--together", type=int, default=16, help="up at the same time (default: %(default)s)")
+    envs = verbs.add_parser("envs", help="the pool of environments: overhead, throughput, leaks")
+    envs.add_argument("--rounds", type=int, default=5, help="pairs to take the median of (default: %(default)s)")
+    envs.add_argument("--seconds", type=float, default=8.0, help="each rate is watched so long (default: %(default)s)")
+    envs.add_argument("--crowd", type=int, default=1024, help="simulated environments (default: %(default)s)")
+    envs.add_argument("--episodes", type=int, default=10_000, help="to look for leaks after (default: %(default)s)")
+    for verb in (serving, swap, train, memory, journal, sandbox, envs):
         verb.add_argument("--json", metavar="FILE", help="write the figures there too")
         verb.add_argument("--config", metavar="FILE", help="TOML file (default: the embedded CPU configuration)")
         verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
@@ -89,6 +98,14 @@ def _run(options: argparse.Namespace, config: Config) -> tuple[list[figures.Figu
         from jobs.bench.journal import measure as journal
 
         return journal(options.url, small=options.small, large=options.large, turns=options.turns)
+    if options.verb == "sandbox":
+        from jobs.bench.sandbox import measure as sandbox
+
+        return sandbox(rounds=options.rounds, commands=options.commands, together=options.together)
+    if options.verb == "envs":
+        from jobs.bench.envs import measure as envs
+
+        return envs(crowd=options.crowd, episodes=options.episodes, rounds=options.rounds, seconds=options.seconds)
     from jobs.bench.memory import measure as memory
 
     return memory(config, seconds=options.seconds)

@@ -1,8 +1,8 @@
 """What the tiny model is taught: an endless, seeded stream of generated conversations. No external text.
 
-Knows the chat environment's grammars, the judge's prompts and the tool task. Ignores tokens and training. Each
-example says which of its assistant messages are worth imitating; the others (a wrong answer, a style that the user
-then rejects) are only read.
+Knows the chat environment's grammars, the judge's prompts, the tool task and the terminal's drills. Ignores tokens and
+training. Each example says which of its assistant messages are worth imitating; the others (a wrong answer, a style
+that the user then rejects) are only read.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from clawrl.types import Message, NextState, Tool
 from envs.chat.phrases import WANTS, Phrasing, Want, say
 from envs.chat.styles import FORMS, Form, Style, default_style, render
 from envs.chat.world import HELDOUT_NAMES, ITEMS, TRAIN_NAMES, Problem, Split, make_problem
-from jobs.tiny_model.tools import FLAW_SHARES, TOOLS, call_message, demonstrate, invented_word, make_task, run_tool
+from envs.terminal.drill import TOOLS as SHELL_TOOLS
+from envs.terminal.tasks.drills import drill_of, words
+from envs.toolcall.stock import TOOLS, invented_word, make_task, run_tool
+from jobs.tiny_model.shell import demonstrate_drill, right_steps, wrong_step
+from jobs.tiny_model.tools import FLAW_SHARES, call_message, demonstrate
 
-Task = Literal["chat", "hinted", "corrected", "judge", "hint", "tools", "drill", "recall", "copy"]
+Task = Literal["chat", "hinted", "corrected", "judge", "hint", "tools", "shell", "drill", "recall", "copy"]
 SHARES: dict[Task, float] = {
-    "chat": 0.21, "hinted": 0.18, "corrected": 0.11, "judge": 0.12, "hint": 0.12, "tools": 0.08, "drill": 0.10,
-    "recall": 0.04, "copy": 0.04,
+    "chat": 0.20, "hinted": 0.17, "corrected": 0.10, "judge": 0.12, "hint": 0.11, "tools": 0.08, "shell": 0.06,
+    "drill": 0.09, "recall": 0.04, "copy": 0.03,
 }  # fmt: skip
 
 CASES = {
@@ -189,6 +193,8 @@ def _feedback_request(rng: random.Random, phrasing: Phrasing, problem: Problem) 
 
 def _tool_case(rng: random.Random) -> Case:
     """A tool call and its result: a success is good, an error is bad, and neither makes a hint."""
+    if rng.random() < 0.4:
+        return _shell_case(rng)
     task = make_task(rng)
     fails = rng.random() < 0.4
     if rng.random() < 0.6:
@@ -201,6 +207,19 @@ def _tool_case(rng: random.Random) -> Case:
     state = NextState("turn", "tool", ({"role": "tool", "content": said},), False, 0.0)
     thought = THOUGHTS["tool_error" if fails else "tool"]
     return Case((user(task.question),), call_message(name, arguments), state, thought, -1 if fails else 1, None, None)
+
+
+def _shell_case(rng: random.Random) -> Case:
+    """The same of a command; one that goes wrong without a word is no case, since nothing shows it."""
+    while True:
+        names = words(rng, 3)
+        drill = drill_of(names, rng)
+        fails = rng.random() < 0.5
+        command, said = wrong_step(drill, names, rng) if fails else rng.choice(right_steps(drill, names))
+        if fails == ("exit status" in said):
+            state = NextState("turn", "tool", ({"role": "tool", "content": said},), False, 0.0)
+            call, thought = call_message("run", {"command": command}), THOUGHTS["tool_error" if fails else "tool"]
+            return Case((user(drill.instruction),), call, state, thought, -1 if fails else 1, None, None)
 
 
 def _opened(rng: random.Random) -> list[Message]:
@@ -300,6 +319,10 @@ def _tools(rng: random.Random) -> Example:
     return Example("tools", tuple(demonstrate(make_task(rng), flaw, rng)), tuple(TOOLS))
 
 
+def _shell(rng: random.Random) -> Example:
+    return Example("shell", tuple(demonstrate_drill(rng)), SHELL_TOOLS)
+
+
 def _drill(rng: random.Random) -> Example:
     """Sums as they come up in the problems, a few at once; half of them ask for the bare result."""
     messages: list[Message] = []
@@ -361,6 +384,7 @@ _MAKERS = {
     "judge": _judge,
     "hint": _hint,
     "tools": _tools,
+    "shell": _shell,
     "drill": _drill,
     "recall": _recall,
     "copy": _copy,

@@ -10,6 +10,7 @@ import json
 import random
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -19,13 +20,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalL
 
 from clawrl.algorithms.hints import with_hint
 from clawrl.serving import judging
-from clawrl.types import Message, Tool
+from clawrl.types import Message, NextState, Tool
 from envs.chat.phrases import WANTS, Phrasing, say, strings
 from envs.chat.styles import FORMS, classify, default_style, render
 from envs.chat.user import PERSONAS, satisfies
 from envs.chat.world import Problem, Split, check, make_problem
+from envs.toolcall.env import BROKEN
+from envs.toolcall.stock import TOOLS, ToolTask, make_task, run_tool, solved
 from jobs.tiny_model.corpus import Case, assistant, make_case, toward, user, wants_against
-from jobs.tiny_model.tools import TOOLS, ToolTask, make_task, run_tool, solved
 
 PHRASINGS: tuple[Phrasing, ...] = ("train", "unseen", "written")
 JUDGE_TEMPERATURE = 0.6
@@ -92,6 +94,11 @@ def evaluate(folder: Path, cases: int, seed: int) -> Iterator[str]:
         )
     yield _row("tool task solved (known words, invented words)", (tool_success(writer, rng, x, cases) for x in (0, 1)))
     yield ""
+    yield "| one vote on a step of the model's own tool episodes | agrees | steps |"
+    yield "|---|---|---|"
+    for kind, (share, number) in step_judge(writer, rng, cases).items():
+        yield f"| {kind} | {share:.2f} | {number} |"
+    yield ""
     yield "| unhinted first replies, held out, temperature 1 | share |"
     yield "|---|---|"
     for name, share in base_shares(writer, rng, 2 * cases).items():
@@ -136,6 +143,70 @@ def hint_accuracy(writer: Writer, rng: random.Random, phrasing: Phrasing, cases:
     pairs = list(zip(hints, made, strict=True))
     decided = _mean((hint is None) == (case.hint is None) for hint, case in pairs)
     return decided, _mean(says(hint, case) for hint, case in pairs if case.hint is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step that a model took in a tool task, what followed, and whether it was right."""
+
+    messages: tuple[Message, ...]
+    reply: Message
+    next_state: NextState
+    right: bool
+
+
+def step_judge(writer: Writer, rng: random.Random, cases: int) -> dict[str, tuple[float, int]]:
+    """How right single votes are on steps of the model's own episodes: share and number, by kind of step.
+
+    Right is a call that a solution would make now: a look-up of the task that was not made yet, or the task's own
+    expression once both counts are known. A vote of 1 should say so, any other that it was not.
+    """
+    steps = [step for invented in (0.0, 1.0) for step in play_steps(writer, rng, invented, cases)]
+    prompts = judging.load_prompts("tiny")
+    asked = [judging.step(prompts, step.messages, step.reply, step.next_state) for step in steps]
+    votes = [judging.parse_vote(text) for text in writer.complete(asked, JUDGE_TEMPERATURE)]
+    pairs = list(zip(steps, votes, strict=True))
+    failed = [pair for pair in pairs if _failed(pair[0])]
+    wrong = [pair for pair in pairs if not pair[0].right and not _failed(pair[0])]
+    kinds = {"all": pairs, "right": [pair for pair in pairs if pair[0].right], "an error": failed, "wrong": wrong}
+    agree = {kind: [(vote == 1) == step.right for step, vote in of] for kind, of in kinds.items()}
+    return {kind: (_mean(each), len(each)) for kind, each in agree.items()}
+
+
+def play_steps(writer: Writer, rng: random.Random, invented: float, cases: int, max_turns: int = 6) -> list[Step]:
+    """All steps but the final answers of episodes at temperature 1."""
+    tasks = [make_task(rng, invented) for _ in range(cases)]
+    chats: list[list[Message]] = [[user(task.question)] for task in tasks]
+    running, steps = list(range(cases)), []
+    for _ in range(max_turns):
+        replies = writer.complete([chats[at] for at in running], tools=TOOLS)
+        running = [at for at, reply in zip(running, replies, strict=True) if "<tool_call>" in reply]
+        for at, reply in zip(running, (each for each in replies if "<tool_call>" in each), strict=True):
+            said: Message = {"role": "tool", "content": _call(tasks[at], reply)}
+            if not _parsed(reply):
+                said = user(BROKEN)
+            done = [message["content"] for message in chats[at] if message["role"] == "assistant"]
+            right = helps(tasks[at], reply, done)
+            state = NextState("turn", "tool", (said,), False, 0.0)
+            steps.append(Step(tuple(chats[at]), assistant(reply), state, right))
+            chats[at] += [assistant(reply), said]
+    return steps
+
+
+def helps(task: ToolTask, reply: str, done: Sequence[str]) -> bool:
+    """Whether a solution would make this call now, after the calls `done`."""
+    wanted = [{"name": "lookup", "arguments": {"item": task.item, "place": place}} for place in task.places]
+    a, b = task.counts
+    looked = [_parsed(each) for each in done]
+    open_calls = [call for call in wanted if call not in looked]
+    if open_calls:
+        return _parsed(reply) in open_calls
+    sums = [f"{a} {task.sign} {b}", *([f"{b} + {a}"] if task.sign == "+" else [])]
+    return _parsed(reply) in [{"name": "calc", "arguments": {"expression": each}} for each in sums]
+
+
+def _failed(step: Step) -> bool:
+    return str(step.next_state.messages[0]["content"]).startswith("error")
 
 
 def says(hint: str | None, case: Case) -> bool:
@@ -196,12 +267,20 @@ def tool_success(writer: Writer, rng: random.Random, invented: float, cases: int
 
 def _call(task: ToolTask, reply: str) -> str:
     """Run the call in a reply; what cannot be parsed is an error to the model."""
+    call = _parsed(reply)
+    try:
+        return run_tool(task, call["name"], call["arguments"])
+    except (KeyError, TypeError, AttributeError):
+        return "error: bad call"
+
+
+def _parsed(reply: str) -> Any:
+    """The call in a reply; {} if it cannot be read."""
     found = re.search(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", reply, re.DOTALL)
     try:
-        call = json.loads(found.group(1)) if found else {}
-        return run_tool(task, call["name"], call["arguments"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return "error: bad call"
+        return json.loads(found.group(1)) if found else {}
+    except ValueError:
+        return {}
 
 
 def _is_toward(reply: str, want) -> bool:

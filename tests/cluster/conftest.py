@@ -20,7 +20,9 @@ QUIET = {
 def cluster() -> Iterator[None]:
     """Ray is up; other clusters of this machine are left alone."""
     here = Path(__file__).resolve().parent
-    os.environ.update(QUIET, PYTHONPATH=f"{here.parent.parent}:{here}")  # so that workers can import test modules
+    os.environ.update(
+        QUIET, PYTHONPATH=f"{here.parent.parent}:{here.parent}:{here}"
+    )  # so that workers can import test modules
     import ray
 
     ray.init(

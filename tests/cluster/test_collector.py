@@ -4,6 +4,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from clawrl.config import JudgeSection, LearningSection
 from clawrl.journal.actor import Journal
 from clawrl.rollout.collector import Collector
 from clawrl.testing import ScriptedJudge, ScriptedPolicy, next_state
-from clawrl.types import Sample, Turn
+from clawrl.types import Episode, Feedback, Sample, Turn
 
 pytestmark = pytest.mark.cluster
 
@@ -321,3 +322,133 @@ def test_many_turns_of_one_user_flow(actors, tmp_path):
     house.wait(40)
     assert len({turn for turn, _, _ in house.judgements()}) == 40
     assert house.stats()["judged"] == 40
+
+
+def opine(house: House, turn: Turn, score: Any = None, text: str | None = None) -> None:
+    said = Feedback(f"{turn.id} {score} {text}", turn.id, turn.user, score, text, time.time())
+    ask(house.journal.take_feedback.remote(said))
+
+
+def test_explicit_feedback_stands_above_the_judge(actors, tmp_path):
+    house = House(actors, tmp_path)
+    turn = house.say("+1")
+    opine(house, turn, -1)
+    house.collect(LearningSection(support=4, baseline="none"))
+    house.wait(1)
+    house.stats()
+    assert house.judgements() == [(turn.id, -1, None)]
+    assert rewards(house.samples()[turn.id]) == -1.0
+
+
+def test_a_turn_that_nothing_follows_learns_from_feedback(actors, tmp_path):
+    """Thumbs alone make a reward, a correction a hint; without either it stays untrained."""
+    house = House(actors, tmp_path)
+    source = ScriptedPolicy(seed=3)
+    liked, corrected, silent = (source.turn([{"role": "user", "content": str(i)}], 6) for i in range(3))
+    ask(house.journal.append.remote(liked, corrected, silent))
+    house.collect(LearningSection(support=4, teacher="frozen"), house.judge, feedback_wait_s=0.5)
+    opine(house, liked, 1)
+    opine(house, corrected, -1, "-1 hint: be brief")
+    house.wait(2)
+    house.stats()
+    assert {(id, score) for id, score, _ in house.judgements()} == {(liked.id, 1), (corrected.id, -1)}
+    samples = house.samples()
+    assert set(samples) == {liked.id, corrected.id}
+    assert samples[liked.id].distillation is None
+    assert samples[corrected.id].distillation is not None
+
+
+def test_late_feedback_teaches_a_turn_that_had_taught_nothing(actors, tmp_path):
+    house = House(actors, tmp_path)
+    house.collect(LearningSection(support=4, baseline="none"))
+    turn = house.say("?")
+    house.wait(1)
+    assert house.samples() == {}
+    opine(house, turn, 1)
+    deadline = time.monotonic() + 30
+    while turn.id not in house.samples():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert house.judgements() == [(turn.id, 1, None)]
+
+
+PROCESS = LearningSection(process_weight=0.5, kl_weight=0)
+
+
+def play(house: House, group: str, **attempts: tuple[float | None, list[str]]) -> None:
+    """A group's attempts, durable: the outcome of each, and what followed each of its steps but the last."""
+    source = ScriptedPolicy(seed=len(house.turns))
+    for name, (outcome, scripts) in attempts.items():
+        session = f"{group}-{name}"
+        for index in range(len(scripts) + 1):
+            made = source.turn([{"role": "user", "content": f"{session} {index}"}], 6, session=session, index=index)
+            turn = replace(made, id=f"{session}/{index}", group=group, source="toolcall")
+            house.turns.append(turn)
+            followed = [next_state(turn, scripts[index])] if index < len(scripts) else []
+            ask(house.journal.append.remote(turn, *followed))
+        status = "error" if outcome is None else "done"
+        ended = Episode(session, "toolcall", group, "task", len(attempts), status, outcome, (), "", 1.0, 2.0)
+        ask(house.journal.append.remote(ended))
+
+
+def compared(house: House, groups: int, timeout_s: float = 60.0) -> list[Any]:
+    deadline = time.monotonic() + timeout_s
+    while len(found := ask(house.journal.comparisons.remote())) < groups:
+        assert time.monotonic() < deadline, f"{len(found)} of {groups} groups compared after {timeout_s} s"
+        time.sleep(0.05)
+    return found
+
+
+def test_the_judge_votes_on_the_steps_of_a_group(actors, tmp_path):
+    """By hand, c = 1/2: steps 0 are worth 1.5, 0.5, -1 (it abstained there), steps 1 are 1.5, 1, -1.5."""
+    house = House(actors, tmp_path)
+    house.collect(PROCESS)
+    play(house, "g", a=(1.0, ["+1", "+1"]), b=(1.0, ["-1"]), c=(-1.0, ["?", "-1"]), broken=(None, ["+1"]))
+    [comparison] = compared(house, 1)
+    assert comparison.outcomes == (1.0, 1.0, -1.0)
+    assert comparison.reward == pytest.approx(np.mean([1.5, 1.5, 1.0, 0.5, 1.0, -1.0, -1.5, -1.0]))
+    expected = {}
+    for step in ({"a/0": 1.5, "b/0": 0.5, "c/0": -1.0}, {"a/1": 1.5, "b/1": 1.0, "c/1": -1.5}, {"a/2": 1, "c/2": -1}):
+        values = np.array([*step.values()])
+        z = (values - values.mean()) / values.std()
+        expected.update({f"g-{turn}": value for turn, value in zip(step, z, strict=True)})
+    found = {id: rewards(sample) for id, sample in house.samples().items()}
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert {(turn, score) for turn, score, _ in house.judgements()} == {
+        ("g-a/0", 1), ("g-a/1", 1), ("g-b/0", -1), ("g-c/0", None), ("g-c/1", -1),
+    }  # fmt: skip
+
+
+def test_a_restart_asks_for_no_vote_again_and_the_baseline_goes_on(actors, tmp_path):
+    """The first group is compared before the restart; of the second, one vote came, and another does not in time."""
+    house = House(actors, tmp_path)
+    first = house.collect(PROCESS)
+    play(house, "first", a=(1.0, ["+1"]), b=(1.0, []))
+    compared(house, 1)
+    # b is alone at no step: steps 0 are 1.5 and 1, step 1 of a is alone: 1 - 0
+    assert rewards(house.samples()["first-a/1"]) == 1.0
+    play(house, "second", a=(1.0, ["+1", "+1 wait:30"]), b=(1.0, ["+1"]))
+    house.wait(3)
+    ray.kill(first)
+    house.judge = actors(ScriptedJudge)
+    house.collect(PROCESS, timeout_s=1.0)
+    compared(house, 2)
+    assert [turn for turn, _, _ in house.judgements()].count("second-a/0") == 1
+    [error] = [error for turn, _, error in house.judgements() if turn == "second-a/1"]
+    assert "judge.timeout_s=1" in str(error)
+    # steps 0 are alike; steps 1 too (nobody voted in time on a's); 2 is alone, against 0.1 of the first's mean reward
+    samples = house.samples()
+    assert {id for id in samples if id.startswith("second")} == {"second-a/2"}
+    assert rewards(samples["second-a/2"]) == pytest.approx(1 - 0.1 * np.mean([1.5, 1.0, 1.0]))
+
+
+def test_by_the_outcome_alone_no_judge_is_asked(actors, tmp_path):
+    house = House(actors, tmp_path)
+    ray.kill(house.judge, no_restart=True)
+    house.collect(LearningSection(kl_weight=0))
+    play(house, "g", a=(1.0, ["-1"]), b=(-1.0, ["+1"]))
+    [comparison] = compared(house, 1)
+    assert (comparison.samples, comparison.reward) == (4, None)
+    assert house.judgements() == []
+    found = {id: round(rewards(sample), 3) for id, sample in house.samples().items()}
+    assert found == {"g-a/0": 1.0, "g-a/1": 1.0, "g-b/0": -1.0, "g-b/1": -1.0}

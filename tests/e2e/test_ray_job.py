@@ -121,6 +121,26 @@ def test_the_same_program_runs_as_a_ray_job(head: Head, tmp_path: Path):
     assert "Active" in head.ray("status"), "the cluster is not ours to stop"
 
 
+def test_pools_of_environments_train_as_a_ray_job(head: Head, tmp_path: Path):
+    submitted = _when_the_agent_is_up(
+        head, "job", "submit", "--no-wait", "--working-dir", ".", "--",
+        sys.executable, "-m", "jobs.train", "--config", "configs/toolcall.toml", "--versions", "1", "--tasks", "8",
+        f"gateway.port={free_port()}", f"run_root={tmp_path}", "buffer.batch_size=16",
+    )  # fmt: skip
+    job = re.findall(r"raysubmit_\w+", submitted)[0]
+    deadline = time.monotonic() + 400
+    while "succeeded" not in (status := head.ray("job", "status", job)):
+        assert "failed" not in status, head.ray("job", "logs", job)[-4000:]
+        assert time.monotonic() < deadline, head.ray("job", "logs", job)[-4000:]
+        time.sleep(2)
+    report = json.loads((tmp_path / "latest" / "report.json").read_text())
+    assert report["versions"] >= 1
+    assert report["samples"] >= 16
+    (pool,) = report["pools"]
+    assert (pool["before"]["attempts"], pool["before"]["failed"]) == (8, 0)
+    assert (tmp_path / "latest" / "learning_curve.png").stat().st_size > 1000
+
+
 def _alive_actors(head: Head) -> set[tuple[str, str]]:
     """(name, class) of every living actor, once ours are all there: the gateway answers before the collector is up."""
     deadline = time.monotonic() + 60

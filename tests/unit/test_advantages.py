@@ -6,6 +6,8 @@ import pytest
 from clawrl.algorithms.advantages import (
     RunningBaseline,
     score_advantages,
+    step_advantages,
+    step_reward,
     teacher_logprobs,
     token_distillation,
     topk_distillation,
@@ -42,6 +44,29 @@ def test_score_advantage_is_the_same_for_every_token():
     advantages = score_advantages(-1.25, 3)
     assert advantages.dtype == np.float32
     np.testing.assert_array_equal(advantages, [-1.25, -1.25, -1.25])
+
+
+@pytest.mark.parametrize(
+    ("votes", "reward"),
+    [((), -1.0), ((None, None), -1.0), ((1, 1, 1), -0.5), ((1, None, -1, -1), -1 - 0.5 / 3), ((0,), -1.0)],
+)
+def test_a_step_is_worth_its_outcome_and_the_mean_of_the_votes_that_were_cast(votes, reward):
+    assert step_reward(-1.0, votes, 0.5) == pytest.approx(reward)
+
+
+def test_steps_are_held_against_those_of_the_same_index():
+    # Index 0: 2, 0, 0, 0: mean .5, sigma sqrt(.75); index 1: alike; index 2: alone, against the baseline.
+    steps = [(0, 2.0), (1, 1.0), (0, 0.0), (0, 0.0), (1, 1.0), (0, 0.0), (2, -1.0)]
+    advantages = step_advantages(steps, baseline=0.25)
+    high, low = 1.5 / 0.75**0.5, -0.5 / 0.75**0.5
+    assert [advantages[at] for at in (0, 2, 3, 5)] == pytest.approx([high, low, low, low], abs=1e-5)
+    assert [advantages[at] for at in (1, 4, 6)] == [None, None, -1.25]
+    assert step_advantages([], 0.0) == []
+
+
+def test_the_z_score_has_the_populations_sigma_and_1e_6():
+    first, second = step_advantages([(0, 1e-6), (0, -1e-6)], 0.0)  # sigma is 1e-6: halved by the epsilon
+    assert (first, second) == pytest.approx((0.5, -0.5))
 
 
 def test_token_distillation_is_the_clipped_difference_on_the_sampled_token():

@@ -24,6 +24,7 @@ class Completion:
     token_ids: list[int]
     finish_reason: str | None = None
     weight_versions: list[Any] | None = None
+    index: int = 0
 
 
 @dataclass

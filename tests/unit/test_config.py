@@ -48,8 +48,8 @@ def test_cpu_file_states_the_defaults_and_nothing_else():
 def test_cpu_file_shows_every_key_to_a_new_user():
     tree = tomllib.loads((CONFIGS / "cpu.toml").read_text())
     for name, section in Config():
-        assert name in tree
-        if isinstance(tree[name], dict):
+        assert name in tree or name == "pools"  # which have files of their own
+        if isinstance(tree.get(name), dict):
             absent = {key for key, value in section if key not in tree[name] and value is not None}
             assert absent <= {"gpu_memory_utilization"}, f"[{name}] does not show {absent}"
 

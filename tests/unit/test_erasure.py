@@ -59,9 +59,9 @@ class TestOptOut:
         store.append(turn("b", user="bob"))
         assert turns(store) == ["b"]
         assert to_judge(store) == []
-        assert store.unrecorded("ann", "digest of a") == "s"
-        assert store.unrecorded("bob", "digest of a") is None
-        assert store.unrecorded("ann", "digest of b") is None
+        assert store.unrecorded("ann", ["digest of a"]) == "s"
+        assert store.unrecorded("bob", ["digest of a"]) is None
+        assert store.unrecorded("ann", ["digest of b"]) is None
 
     def test_of_one_session_only(self, store):
         store.consent(word(False, "s"))
@@ -112,7 +112,7 @@ class TestOptOut:
     def test_the_newer_of_mark_and_turn_goes_on(self, store, ended, expected):
         store.append(turn("a", conversation="digest", ended=ended), Consent("ann", "s", False, 10.0, "digest"))
         store.append(turn("b", conversation="digest", kind="side"), turn("c", conversation="digest", user="bob"))
-        assert store.unrecorded("ann", "digest") == expected
+        assert store.unrecorded("ann", ["digest"]) == expected
 
     def test_marks_are_no_words(self, store):
         store.append(turn("a"), next_state("a"), sample("a"))
@@ -264,7 +264,7 @@ def test_look_ups_stay_on_their_index(store, path):
 
     statements = []
     event.listen(store.database.reader, "before_cursor_execute", lambda *args: statements.append(args[2:4]))
-    store.unrecorded("ann", "c")
+    store.unrecorded("ann", ["c"])
     store.consents(7, 10)
     store.held_out(10)
     plans = [[plan[3] for plan in rows_of(path, f"EXPLAIN QUERY PLAN {one}", with_)] for one, with_ in statements]

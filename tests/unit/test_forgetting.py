@@ -5,8 +5,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from echo_door import Local
 from test_journal import next_state, sample, turn
-from test_recording import Local
 
 from clawrl import cli
 from clawrl.config import VersionsSection

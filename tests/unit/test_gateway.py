@@ -5,7 +5,7 @@ from fastapi import Request
 
 from clawrl.config import PolicySection
 from clawrl.errors import GatewayError
-from clawrl.serving.gateway import read_json, validate_chat
+from clawrl.serving.bodies import read_json, validate_chat
 
 USER = {"role": "user", "content": "hi"}
 SETTINGS = PolicySection(served_name="clawrl")
@@ -26,7 +26,12 @@ SETTINGS = PolicySection(served_name="clawrl")
         ({"messages": [USER], "max_tokens": True}, 400, "max_tokens=True"),
         ({"messages": [USER], "temperature": -0.1}, 400, "temperature=-0.1 is outside 0 to 2"),
         ({"messages": [USER], "temperature": "hot"}, 400, "temperature='hot'"),
-        ({"messages": [USER], "n": 2}, 400, "n=2 is not served; send n requests of n=1"),
+        ({"messages": [USER], "n": 9}, 400, "n=9 is more than policy.max_choices=8"),
+        ({"messages": [USER], "n": 0}, 400, "n=0 is not a positive"),
+        ({"messages": [{"role": "user", "content": 3}]}, 400, r"messages\[0\].content is neither"),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, 400, r"messages\[0\].content is neither"),
+        ({"messages": [{"role": "assistant", "tool_calls": [1]}]}, 400, r"messages\[0\].tool_calls is no list"),
+        ({"messages": [USER], "tools": {}}, 400, "tools is no list"),
         ({"messages": [USER], "stream": "yes"}, 400, "stream='yes'"),
     ],
 )

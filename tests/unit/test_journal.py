@@ -12,6 +12,7 @@ from sqlalchemy import create_engine, event, inspect
 from clawrl.errors import JournalError
 from clawrl.journal import database, queues
 from clawrl.journal.store import JournalReader, JournalStore
+from clawrl.journal.tables import SCHEMA
 from clawrl.serving.sessions import NAME_BYTES
 from clawrl.types import (
     Capture,
@@ -327,6 +328,7 @@ class TestLookUps:
             "turns": 2,
             "main_turns": 1,
             "next_states": 1,
+            "feedback": 0,
             "judgements": 3,
             "abstentions": 1,
             "hints": 1,
@@ -498,7 +500,7 @@ class TestOpening:
             connection.exec_driver_sql("UPDATE meta SET value = '99' WHERE name = 'schema'")
         store.close()
         for opener in (JournalStore, JournalReader):
-            with pytest.raises(JournalError, match=r"has schema 99 and this clawrl knows 3; use the clawrl that wrote"):
+            with pytest.raises(JournalError, match=rf"has schema 99 and this clawrl knows {SCHEMA}; use the"):
                 opener(url)
 
     def test_another_programs_database_stays_as_it_is(self, url):

@@ -66,6 +66,8 @@ class TestSqlite:
         [
             ("open_turn('ann', 'c')", ["SEARCH turns USING INDEX turns_conversation_user_kind_seq"]),
             ("last_turn('ann', 's')", ["SEARCH turns USING INDEX turns_user_session_kind_seq"]),
+            ("continued('ann', ['c'], 's')", ["SEARCH turns USING INDEX turns_conversation_user_kind_seq"]),
+            ("owners('s')", ["SEARCH turns USING COVERING INDEX turns_session_user"]),
             ("turn('t')", ["SEARCH turns USING INDEX turns_id"]),
             (
                 "pairs_to_judge(0, 8)",

@@ -60,3 +60,15 @@ async def test_a_mark_wakes_nobody_who_waits_for_words(journal, monkeypatch):
     assert len(reads) == 1
     await journal.consent("ann", False)
     assert [word.user for _, word in await polling] == ["ann"]
+
+
+async def test_the_steps_of_a_group_come_with_what_followed_and_how_it_was_judged(journal):
+    for id in ("first", "second", "last"):
+        await journal.append(turn(id, group="g"))
+    await journal.append(turn("side", group="g", kind="side"), turn("other", group="h"), turn("alone"))
+    await journal.append(*(next_state(id) for id in ("first", "second", "side", "other", "alone")))
+    await journal.append(judgement("second", score=-1))
+    steps = [(state.turn, judged and judged.score) for state, judged in await journal.steps("g")]
+    assert steps == [("first", None), ("second", -1)]
+    assert await journal.pairs_to_judge(0, 10, 0) != []  # the turn that is in no group, and none of theirs
+    assert {each.id for _, each, _ in await journal.pairs_to_judge(0, 10, 0)} == {"alone"}

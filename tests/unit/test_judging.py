@@ -74,7 +74,7 @@ def test_hints_are_deduplicated_shortest_first():
 
 
 @pytest.mark.parametrize("name", ["tiny", "full"])
-@pytest.mark.parametrize("ask", [judging.evaluative, judging.directive])
+@pytest.mark.parametrize("ask", [judging.evaluative, judging.directive, judging.step])
 def test_a_request_holds_what_the_judge_must_see(name, ask):
     messages = [{"role": "system", "content": "Secret rules."}, QUESTION]
     system, user = ask(judging.load_prompts(name), messages, REPLY, following({"role": "user", "content": "No bold!"}))
@@ -113,6 +113,24 @@ def test_the_request_is_the_last_user_message_and_the_rest_is_history():
     history, request = text.split("## Request\n")
     assert "[user] First question\n[assistant] First reply\n[tool] tool says 3" in history
     assert request.startswith("Second question\n")
+
+
+def test_the_task_of_a_step_is_the_first_user_message_and_the_rest_is_history():
+    messages = [
+        {"role": "system", "content": "Rules."},
+        {"role": "user", "content": "The task"},
+        {"role": "assistant", "content": "Step one"},
+        {"role": "user", "content": "it says 3"},
+    ]
+    text = judging.step(judging.load_prompts("full"), messages, REPLY, following(QUESTION))[1]["content"]
+    task, steps = text.split("## Steps so far")
+    assert task == "## Task\nThe task\n\n"
+    assert "[assistant] Step one\n[user] it says 3" in steps
+
+
+def test_the_tiny_model_is_asked_about_a_step_in_the_form_it_was_trained_on():
+    prompts, state = judging.load_prompts("tiny"), following({"role": "tool", "content": "12"}, role="tool")
+    assert judging.step(prompts, [QUESTION], REPLY, state) == judging.evaluative(prompts, [QUESTION], REPLY, state)
 
 
 def test_long_history_keeps_its_newest_part_within_the_budget():

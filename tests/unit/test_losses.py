@@ -95,6 +95,7 @@ def targets(**changes: torch.Tensor) -> Targets:
         has_reference=torch.tensor([True, False, False]),
         fresh=torch.tensor([True, False, False]),
         weights=tensor(0.5, 0.5, 0.0),
+        segments=torch.tensor([0, 1, 2]),
         support_behaviour_logprobs=torch.tensor([[0.0, 0.0], [-2.0, -0.3], [0.0, 0.0]], dtype=torch.float64),
         support_advantages=torch.tensor([[0.0, 0.0], [0.2, -0.4], [0.0, 0.0]], dtype=torch.float64),
         support_valid=torch.tensor([[False, False], [True, True], [False, False]]),

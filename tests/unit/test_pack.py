@@ -119,6 +119,22 @@ def test_token_weights_divide_by_the_whole_batch(normalise, expected):
         assert weights.sum() == pytest.approx(1)
 
 
+def test_a_constant_length_weighs_every_token_of_every_reply_alike():
+    """Dr. GRPO: a reply's sum over 10, then the mean of replies of weight 1 and 2."""
+    samples = [sample(0, 5, 2, weight=1.0), sample(1, 5, 4, weight=2.0)]
+    for world in (1, 2):
+        rows = rows_of(pack(samples, world=world, pack_tokens=64, normalise="constant", normalise_length=10))
+        weights = np.concatenate([row.weights for row in rows])
+        assert sorted(weights[weights > 0]) == pytest.approx([1 / 30] * 2 + [2 / 30] * 4)
+
+
+def test_segments_name_the_reply_of_every_scored_position():
+    ((row,),) = pack([sample(0, 5, 3), sample(1, 4, 2), sample(2, 9, 1)], world=1, pack_tokens=64)
+    assert row.segments.tolist() == [0, 0, 0, 1, 1, 2]
+    for segment, at in zip(row.segments, row.positions, strict=True):
+        assert row.bounds[segment] <= at < row.bounds[segment + 1]
+
+
 def test_freshness_and_absent_terms():
     samples = [
         sample(0, 5, 2),

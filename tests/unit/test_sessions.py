@@ -71,7 +71,7 @@ def test_identity_from_headers_and_body():
 
 
 def test_an_unknown_turn_type_is_refused():
-    with pytest.raises(GatewayError, match="'maine' is unknown; use main or side"):
+    with pytest.raises(GatewayError, match="X-Turn-Type: 'maine' is unknown; use main or side"):
         identify({"x-turn-type": "maine"}, {})
 
 

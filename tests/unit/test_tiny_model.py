@@ -11,10 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clawrl.serving import judging
+from envs.toolcall.stock import TOOLS, make_task, run_tool, solved
 from jobs.tiny_model.corpus import SHARES, advice, examples, make_case, verdict
 from jobs.tiny_model.evaluate import says
 from jobs.tiny_model.model import CONTEXT, logits
-from jobs.tiny_model.tools import TOOLS, demonstrate, make_task, run_tool, solved
+from jobs.tiny_model.tools import demonstrate
 from jobs.tiny_model.train import encode, orthogonal
 
 FOLDER = Path(__file__).parents[2] / "clawrl" / "models" / "tiny"

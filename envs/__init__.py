@@ -1,0 +1,9 @@
+"""Environments, by the names under which gymnasium makes them: `gymnasium.make("envs:clawrl/ToolCall-v0")`."""
+
+import gymnasium
+
+gymnasium.register("clawrl/ToolCall-v0", entry_point="envs.toolcall.env:ToolCallEnv", order_enforce=False)
+gymnasium.register("clawrl/Terminal-v0", entry_point="envs.terminal.env:TerminalEnv", order_enforce=False)
+gymnasium.register("clawrl/Drill-v0", entry_point="envs.terminal.drill:DrillEnv", order_enforce=False)
+gymnasium.register("clawrl/Gui-v0", entry_point="envs.gui.env:GuiEnv", order_enforce=False)
+gymnasium.register("clawrl/Swe-v0", entry_point="envs.swe.env:SweEnv", order_enforce=False)

@@ -1,0 +1,21 @@
+"""Sandboxes: one interface over bubblewrap, docker, plain namespaces, and (only when asked for) none at all."""
+
+from __future__ import annotations
+
+from envs.sandbox.base import Sandbox, Shell
+from envs.sandbox.opening import BACKENDS, close_run, open_sandbox, reconcile, remove_snapshot
+from envs.sandbox.spec import GIB, MAX_OUTPUT, ExecResult, SandboxSpec
+
+__all__ = [
+    "BACKENDS",
+    "GIB",
+    "MAX_OUTPUT",
+    "ExecResult",
+    "Sandbox",
+    "SandboxSpec",
+    "Shell",
+    "close_run",
+    "open_sandbox",
+    "reconcile",
+    "remove_snapshot",
+]

@@ -1,0 +1,1 @@
+"""Work in a terminal, judged by tests that the agent never sees."""

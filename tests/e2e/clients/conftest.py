@@ -1,0 +1,26 @@
+"""An environment of their own for clients that do not fit beside clawrl's locked packages."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGES = ("langchain-openai==1.7.4", "litellm==1.110.2")
+
+
+@pytest.fixture(scope="session")
+def client_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a fresh virtual environment that has them; skips where no package index can be reached."""
+    folder = tmp_path_factory.mktemp("clients") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True, timeout=120)
+    python = folder / "bin" / "python"
+    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PACKAGES]
+    ended = subprocess.run(install, capture_output=True, text=True, timeout=500)
+    if ended.returncode != 0:
+        reason = f"{', '.join(PACKAGES)} cannot be installed: {ended.stderr[-400:]}"
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+    return python

@@ -59,6 +59,8 @@ class Pool:
         self._crew = Crew(settings, start_worker)
         self._counts: Counter[str] = Counter()
         self._groups: Counter[str] = Counter()  # attempts that have not ended, of each group under way
+        self._unrecorded: list[Episode] = []
+        self._recording = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._begin(self._issue())
 
@@ -142,11 +144,19 @@ class Pool:
             self._crew.leave(worker)
 
     async def _record(self, episode: Episode) -> None:
+        """Return when it is in the journal; those that end meanwhile go there together."""
         self._counts[episode.status] += 1
         metric("pool/episodes_num").inc()
+        self._unrecorded.append(episode)
+        async with self._recording:
+            if self._unrecorded:  # nobody has taken it along
+                episodes, self._unrecorded = self._unrecorded, []
+                await self._append(episodes)
+
+    async def _append(self, episodes: list[Episode]) -> None:
         while True:
             try:
-                return await self._journal.append.remote(episode)
+                return await self._journal.append.remote(*episodes)
             except Exception as error:
                 log.warning("event=journal_unreachable error=%s retry_s=%g", type(error).__name__, RETRY_S)
                 await asyncio.sleep(RETRY_S)

@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from threading import get_ident
 
 from clawrl.errors import SandboxError
 
@@ -66,7 +67,7 @@ def enforceable() -> frozenset[str]:
     for limit, controller in CONTROLLERS.items():
         if controller not in parents:
             continue
-        group = parents[controller] / f"clawrl-probe-{os.getpid()}"
+        group = parents[controller] / f"clawrl-probe-{os.getpid()}-{get_ident()}"  # threads may try at once
         with suppress(OSError):
             if kind == "2":
                 _delegate(parents[controller], controller)

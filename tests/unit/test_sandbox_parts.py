@@ -3,6 +3,7 @@
 import io
 import struct
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -11,6 +12,13 @@ from clawrl.errors import SandboxError
 from envs.sandbox import cgroups, dockerfile, labels, probe, seccomp, tars
 from envs.sandbox.shells import _certain
 from envs.sandbox.streams import HeadTail
+
+
+def test_threads_that_try_limits_at_once_agree():
+    alone = cgroups.enforceable.__wrapped__()
+    with ThreadPoolExecutor(16) as threads:
+        found = list(threads.map(lambda _: cgroups.enforceable.__wrapped__(), range(64)))
+    assert set(found) == {alone}
 
 
 def test_head_and_tail_are_kept_and_nothing_more():

@@ -31,7 +31,7 @@ from clawrl.journal.actor import Journal
 from clawrl.journal.store import JournalStore
 from clawrl.rollout.collector import Collector
 from clawrl.rollout.pool import Pool
-from clawrl.rollout.worker import agent_of, make_env, start_worker
+from clawrl.rollout.worker import agent_of, make_env, own_key, start_worker
 from clawrl.serving import app
 from clawrl.serving.keys import FILE, KeyRing, require_keys_beyond_loopback
 from clawrl.serving.local import is_loopback
@@ -157,7 +157,8 @@ class System:
         ).remote(loop, str(self.run_directory), cpus_per_worker=TRAINER_CPUS)
         for pool in config.pools:
             say(f"starting the pool {pool.name} ({pool.env})")
-            start = partial(start_worker, pool, self.url, config.policy.served_name, NAMESPACE, **_reaching(config))
+            asking = (_url_for_all(config, self.url), config.policy.served_name, own_key())
+            start = partial(start_worker, pool, *asking, NAMESPACE, **_reaching(config))
             self._actor(f"pool-{pool.name}", Pool, pool, config.buffer.batch_size, journal, buffer, start)
         say(f"serving {self.url} · run directory {self.run_directory}")
 
@@ -375,7 +376,15 @@ def _here() -> NodeAffinitySchedulingStrategy:
 
 def _reaching(config: Config) -> dict[str, Any]:
     """Where workers of a pool can be that are to reach the gateway: anywhere, unless it listens to its machine only."""
-    return {"scheduling_strategy": _here()} if is_loopback(config.gateway.host) else {}
+    host = config.gateway.host
+    return {"scheduling_strategy": _here()} if host == "localhost" or is_loopback(host) else {}
+
+
+def _url_for_all(config: Config, url: str) -> str:
+    """The gateway as other nodes reach it: one that listens everywhere is named by its node's address."""
+    if config.gateway.host not in ("0.0.0.0", "::"):
+        return url
+    return f"http://{ray.util.get_node_ip_address()}:{config.gateway.port}/v1"
 
 
 def start_serve() -> None:

@@ -27,12 +27,13 @@ from clawrl.errors import ClawrlError, ConfigError
 from clawrl.main import System
 from clawrl.observe import set_up_logging
 from clawrl.rollout.agent import Attempt, run_episode
-from clawrl.rollout.worker import agent_of, caller_of, limits_of, make_env
+from clawrl.rollout.worker import Room, agent_of, caller_of, limits_of
 from clawrl.types import Comparison, Episode
 from jobs.demo import Screen, Watch, innermost, told
 from jobs.report import BLUE, GREY, Interval, rolling, share_interval
 
 CONCURRENCY = 16
+CLOSE_S = 30.0
 POLL_S = 1.0
 
 
@@ -61,6 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options.overrides.insert(0, "run=new")
         config = config_of(options)
+        if options.tasks < 1:
+            raise ConfigError(f"--tasks {options.tasks}: give at least 1")
         if not config.pools:
             raise ConfigError("no [[pools]] in the config: there is nothing to train on; see configs/toolcall.toml")
         folder = _run(config, options)
@@ -140,17 +143,28 @@ async def _measure_all(config: Config, system: System, screen: Screen, tasks: in
 async def measure(pool: PoolSection, url: str, model: str, tasks: int) -> Measured:
     """One attempt at each of the first held-out tasks. Raises ClawrlError if none came to an outcome."""
     name, caller = f"measure-{uuid.uuid4().hex[:8]}", caller_of(pool, url, model, side=True)
-    numbers = iter(range(tasks))
+    numbers, agent, leaving = iter(range(tasks)), agent_of(pool), list[asyncio.Task[None]]()
 
     async def worker() -> list[Episode]:
-        env, episodes = await asyncio.to_thread(make_env, pool), []
-        for number in numbers:
-            attempt = Attempt(pool.name, name, tasks, f"{name}-{number}", "held_out", number)
-            episodes.append(await run_episode(env, attempt, caller, limits_of(pool), agent_of(pool)))
-        await asyncio.to_thread(env.close)
+        episodes: list[Episode] = []
+        room = Room(pool)
+        try:
+            await room.open()
+            for number in numbers:
+                attempt = Attempt(pool.name, name, tasks, f"{name}-{number}", "held_out", number)
+                episodes.append(await run_episode(room.env, attempt, caller, limits_of(pool), agent, room.thread))
+                if episodes[-1].status not in ("done", "truncated"):  # in what state it is nobody knows
+                    leaving.append(asyncio.create_task(room.close()))
+                    room = Room(pool)
+                    await room.open()
+        finally:
+            leaving.append(asyncio.create_task(room.close()))
         return episodes
 
-    found = [each for done in await asyncio.gather(*(worker() for _ in range(CONCURRENCY))) for each in done]
+    try:
+        found = [each for done in await asyncio.gather(*(worker() for _ in range(CONCURRENCY))) for each in done]
+    finally:
+        await asyncio.wait(leaving, timeout=CLOSE_S)
     outcomes = [episode.outcome for episode in found if episode.outcome is not None]
     if not outcomes:
         raise ClawrlError(f"{pool.name}: no attempt came to an outcome; the first: {found[0].reason}")

@@ -274,11 +274,14 @@ class JournalReader:
         return [(row[JUDGEMENTS.c.seq], TURNS.decode(row), JUDGEMENTS.decode(row)) for row in rows]
 
     def recent_scores(self, user: str, limit: int) -> list[int]:
-        """Scores of the user's newest judged turns in the order they were judged; abstentions have none."""
+        """Scores of the user's newest judged turns in the order they were judged; abstentions have none.
+
+        Without steps of environments, whose votes say nothing of what a person likes.
+        """
         query = (
             select(JUDGEMENTS.c.seq, JUDGEMENTS.c.score)
             .join(TURNS.table, TURNS.c.id == JUDGEMENTS.c.turn)
-            .where(TURNS.c.user == user, JUDGEMENTS.c.score.is_not(None))
+            .where(TURNS.c.user == user, TURNS.c.group.is_(None), JUDGEMENTS.c.score.is_not(None))
             .order_by(TURNS.c.seq.desc())
             .limit(limit)
         )

@@ -173,15 +173,20 @@ def ended(
         session=attempt.session,
         source=attempt.source,
         group=attempt.group,
-        task=task,
+        task=_storable(task),
         group_size=attempt.group_size,
         status=status,
         outcome=outcome,
         rewards=rewards,
-        reason=reason,
+        reason=_storable(reason),
         seconds=seconds,
         at=time.time(),
     )
+
+
+def _storable(text: str) -> str:
+    """Text as every database takes it: without NUL and halves of surrogate pairs, which programs may print."""
+    return str(text).replace("\0", "\ufffd").encode("utf-8", "replace").decode()
 
 
 class _Run:

@@ -90,7 +90,7 @@ class Collector:
         self._counts: Counter[str] = Counter()
         self._reward: float | None = None
         self._after = 0
-        self._comparer = Comparer(journal, learning, self._insist, self._reference, self._step)
+        self._comparer = Comparer(journal, learning, self._insist, self._step_reference, self._step)
         loop = asyncio.get_running_loop()
         flows = (self._poll(), self._end_silence(), self._comparer.run())
         self._polling = [loop.create_task(each) for each in flows]
@@ -248,6 +248,10 @@ class Collector:
 
     async def _reference(self, turn: Turn) -> Scores | None:
         return await self._try_score(turn, "reference", partial(self._ask_reference, turn))
+
+    async def _step_reference(self, turn: Turn) -> Scores | None:
+        async with self._slots:
+            return await self._reference(turn)
 
     def _ask_reference(self, turn: Turn) -> Awaitable[Scores]:
         return self._judge.score_ids.remote(turn.capture.prompt_ids, turn.capture.completion_ids, 0)

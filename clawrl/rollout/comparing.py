@@ -15,6 +15,7 @@ nothing to tell them apart by. Votes are in the journal before they are used, so
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -28,6 +29,8 @@ from clawrl.config import LearningSection
 from clawrl.observe import metric
 from clawrl.rollout.samples import outcome_sample, trains
 from clawrl.types import Comparison, Episode, Judgement, NextState, Sample, Scores, Turn
+
+log = logging.getLogger(__name__)
 
 GROUPS = 8
 POLL_S = 10.0
@@ -116,7 +119,10 @@ class Comparer:
         while True:
             ask = partial(self._journal.groups_to_compare.remote, after, GROUPS, POLL_S)
             for seq, group in await self._insist(ask):
-                await self._compare(group)
+                try:
+                    await self._compare(group)
+                except Exception:  # a defect: the next collector tries again, the flow goes on
+                    log.exception("event=compare_failed group=%s", group)
                 after = max(after, seq)
 
     async def _rebuild_baseline(self) -> None:

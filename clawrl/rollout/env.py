@@ -184,9 +184,15 @@ class AgentEnv(gymnasium.Env[tuple[Message, ...], Message], Generic[TaskT], ABC)
         return answer.messages, float(answer.reward + outcome), True, False, {**answer.info, "outcome": outcome}
 
     def verdict(self) -> float:
-        """The episode's outcome: graded when it is first asked for, and then the same."""
+        """The episode's outcome: graded when it is first asked for, and then the same.
+
+        Raises EnvError if the environment gives anything but a number from -1 to 1.
+        """
         if self.outcome is None:
-            self.outcome = float(self.grade())
+            outcome = float(self.grade())
+            if not -1 <= outcome <= 1:  # nor NaN
+                raise EnvError(f"{self.name}: grade gave {outcome}; it must give a number from -1 to 1")
+            self.outcome = outcome
         return self.outcome
 
 
@@ -212,6 +218,11 @@ def calls(action: Message, tools: Sequence[Tool]) -> list[Call]:
     return [_checked(position, call, known) for position, call in enumerate(action.get("tool_calls") or ())]
 
 
+def _no_number(word: str) -> None:
+    """NaN and the infinities, which Python would read: they pass every bound of a schema."""
+    raise ValueError(f"{word} is no number")
+
+
 def _checked(position: int, call: Any, known: Mapping[str, dict[str, Any]]) -> Call:
     call = call if isinstance(call, dict) else {}
     function = call.get("function")
@@ -221,8 +232,9 @@ def _checked(position: int, call: Any, known: Mapping[str, dict[str, Any]]) -> C
         return Call(identity, name, {}, f"error: there is no tool {name!r}; the tools are {', '.join(known)}")
     raw = function.get("arguments")
     try:
-        arguments = json.loads(raw) if isinstance(raw, str) else raw
-    except ValueError as error:
+        arguments = json.loads(raw if isinstance(raw, str) else json.dumps(raw), parse_constant=_no_number)
+        json.dumps(arguments, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, TypeError, RecursionError) as error:
         return Call(identity, name, {}, f"error: the arguments of {name} are not valid JSON ({error})")
     if not isinstance(arguments, dict):
         return Call(identity, name, {}, f"error: the arguments of {name} must be a JSON object")

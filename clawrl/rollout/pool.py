@@ -36,6 +36,9 @@ CREDIT_S = 0.2
 RETRY_S = 1.0
 ATTEMPTS = 3
 """So often an attempt is made whose worker dies."""
+PAUSE_S = 60.0
+UNCOMPARED = 8
+"""Groups that have ended and wait for the judge or the collector; no more begin while there are so many."""
 GRACE_S = 30.0
 """Beyond what its own limits allow, after which an attempt's worker is taken for hung."""
 
@@ -59,6 +62,7 @@ class Pool:
         self._crew = Crew(settings, start_worker)
         self._counts: Counter[str] = Counter()
         self._groups: Counter[str] = Counter()  # attempts that have not ended, of each group under way
+        self._failures = 0  # attempts in a row that came to no outcome
         self._unrecorded: list[Episode] = []
         self._recording = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -91,6 +95,7 @@ class Pool:
         """Begin groups for ever. The next one waits until the attempts of the one before all have seats."""
         while True:
             await self._credit()
+            await asyncio.sleep(self._pause_s())
             group, number = f"{self._settings.name}-{uuid.uuid4().hex[:12]}", random.getrandbits(31)
             size = self._settings.group_size
             self._groups[group] = size
@@ -98,13 +103,22 @@ class Pool:
                 attempt = Attempt(self._settings.name, group, size, f"{group}-{index}", "train", number)
                 self._begin(self._attempt(attempt, await self._crew.seat()))
 
+    def _pause_s(self) -> float:
+        """Before the next group: none as a rule; longer and longer while all attempts fail, up to a minute."""
+        groups = self._failures // self._settings.group_size
+        return 0.0 if groups < 2 else min(PAUSE_S, 2.0 ** min(groups, 10))
+
     async def _credit(self) -> None:
-        """Wait until the trainer needs more: what it cannot take in time would be too old for it."""
+        """Wait until the trainer needs more: what it cannot take in time would be too old for it. So would be what
+        waits to be compared.
+        """
         while True:
             try:
                 stats = await self._buffer.stats.remote()
                 if stats["size"] < self._most_waiting:
-                    return
+                    waiting = await self._journal.groups_to_compare.remote(0, UNCOMPARED, 0.0)
+                    if len(waiting) < UNCOMPARED:
+                        return
             except Exception as error:
                 log.warning("event=buffer_unreachable error=%s retry_s=%g", type(error).__name__, RETRY_S)
                 await asyncio.sleep(RETRY_S)
@@ -122,6 +136,7 @@ class Pool:
         if episode.status == "lost":
             episode = replace(episode, status="error", reason=f"{episode.reason}, {ATTEMPTS} times")
         await self._record(episode)
+        self._failures = 0 if episode.outcome is not None else self._failures + 1
         self._groups[attempt.group] -= 1
         if not self._groups[attempt.group]:
             del self._groups[attempt.group]

@@ -24,6 +24,7 @@ import signal
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -89,6 +90,7 @@ class _Program:
             start_new_session=True,
         )  # fmt: skip
         self.actions: queue.Queue[Message | None] = queue.Queue(8)
+        self._over = threading.Event()
         self.why, self._tail = "", b""
         reading = [threading.Thread(target=each, daemon=True) for each in (self._read, self._read_errors)]
         for thread in (*reading, threading.Thread(target=self._guard, args=(seconds, reading), daemon=True)):
@@ -114,8 +116,12 @@ class _Program:
     def _read(self) -> None:
         assert self._process.stdout is not None
         while line := self._process.stdout.readline(LINE_BYTES):
-            if (action := _action(line)) is not None:
-                self.actions.put(action)
+            if (action := _action(line)) is None:
+                continue
+            while not self._over.is_set():
+                with suppress(queue.Full):
+                    self.actions.put(action, timeout=0.2)
+                    break
 
     def _read_errors(self) -> None:
         assert self._process.stderr is not None
@@ -124,7 +130,7 @@ class _Program:
 
     def _guard(self, seconds: float, reading: Sequence[threading.Thread]) -> None:
         """Wait for the end, or make one; nothing of the program's group outlives it."""
-        late = False
+        late, deadline = False, time.monotonic() + seconds
         try:
             self._process.wait(max(0.0, seconds))
         except subprocess.TimeoutExpired:
@@ -133,9 +139,12 @@ class _Program:
         code = self._process.wait()
         for thread in reading:
             thread.join(READ_OUT_S)
+        while reading[0].is_alive() and self.actions.full() and time.monotonic() < deadline:
+            reading[0].join(0.2)  # actions that the environment has not taken yet
         if late or code:
             ended = f"killed after {seconds:.0f} s" if late else f"exit code {code}"
             self.why = f"{ended}: {' '.join(self._tail.decode(errors='replace').split())[-300:]}"
+        self._over.set()
         self.actions.put(None)
 
 

@@ -40,6 +40,8 @@ KEPT = 1024
 OTHER_CALLS = 16
 """So many calls are answered beside attempts."""
 CLOSE_S = 2.0
+"""A worker that is dismissed may take so long to close its environments."""
+HUNG_S = 30.0
 """An environment that is not closed by then has hung."""
 
 
@@ -63,8 +65,14 @@ def limits_of(settings: PoolSection) -> Limits:
     )
 
 
-def caller_of(settings: PoolSection, url: str, model: str, *, side: bool = False) -> Caller:
-    client = openai.AsyncOpenAI(base_url=url, api_key=os.environ.get(KEY, "none"), timeout=settings.max_seconds)
+def own_key() -> str:
+    """The pools' API key, from the environment of this process."""
+    return os.environ.get(KEY, "none")
+
+
+def caller_of(settings: PoolSection, url: str, model: str, *, key: str | None = None, side: bool = False) -> Caller:
+    """Who asks for replies at `url`; `key` is this process's, where it is not another's."""
+    client = openai.AsyncOpenAI(base_url=url, api_key=key or own_key(), timeout=settings.max_seconds)
     return Caller(client, model, settings.temperature, side, settings.name)
 
 
@@ -108,10 +116,11 @@ def _kind(settings: PoolSection) -> type[AgentEnv] | None:
     return None if kind.reconcile.__func__ is AgentEnv.reconcile.__func__ else kind
 
 
-def start_worker(settings: PoolSection, url: str, model: str, namespace: str, **placement: Any) -> Any:
+def start_worker(settings: PoolSection, url: str, model: str, key: str, namespace: str, **placement: Any) -> Any:
     """The handle of a new worker, whom the caller owns; it dies with it. `placement`: more of Ray's options.
 
-    It stands here since a pool's process need not know the whole program to start one.
+    The key comes along, since on another node nobody has set it in the environment. It stands here since a pool's
+    process need not know the whole program to start one.
     """
     worker: Any = ray.remote(EnvWorker)
     return worker.options(
@@ -119,7 +128,7 @@ def start_worker(settings: PoolSection, url: str, model: str, namespace: str, **
         num_cpus=settings.cpus_per_worker,
         max_concurrency=settings.places + settings.spares + OTHER_CALLS,
         **placement,
-    ).remote(settings, url, model)
+    ).remote(settings, url, model, key)
 
 
 class Room:
@@ -158,8 +167,9 @@ class Room:
 class EnvWorker:
     """Async actor: attempts side by side, each in a room of its own, which is used again for the next."""
 
-    def __init__(self, settings: PoolSection, url: str, model: str) -> None:
-        self._settings, self._caller, self._agent = settings, caller_of(settings, url, model), agent_of(settings)
+    def __init__(self, settings: PoolSection, url: str, model: str, key: str | None = None) -> None:
+        self._settings, self._agent = settings, agent_of(settings)
+        self._caller = caller_of(settings, url, model, key=key)
         self._places = asyncio.Semaphore(settings.places)
         self._idle: list[Room] = []
         self._attempts: dict[str, asyncio.Task[Episode]] = {}  # oldest first
@@ -179,7 +189,7 @@ class EnvWorker:
         return await asyncio.shield(task)
 
     async def ping(self) -> Health:
-        hung = sum(time.monotonic() - since > CLOSE_S for since in self._closing.values())
+        hung = sum(time.monotonic() - since > HUNG_S for since in self._closing.values())
         return Health(os.getpid(), self._rooms, hung)
 
     async def close(self) -> None:

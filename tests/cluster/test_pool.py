@@ -66,7 +66,7 @@ class House:
 
     def starting(self, settings: PoolSection) -> Callable[[], Any]:
         sandboxes = {"runtime_env": {"env_vars": {"CLAWRL_SANDBOX_HOME": os.environ.get("CLAWRL_SANDBOX_HOME", "")}}}
-        return partial(start_worker, settings, self.endpoint.url, "scripted", "test", **sandboxes)
+        return partial(start_worker, settings, self.endpoint.url, "scripted", "none", "test", **sandboxes)
 
     def pool(self, **given: Any) -> Any:
         settings = self.settings(**given)

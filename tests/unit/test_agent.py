@@ -116,6 +116,18 @@ async def test_an_environment_that_fails_is_an_error_without_outcome(where, defe
     assert ("ZeroDivisionError" if defect else f"{where} is broken") in episode.reason
 
 
+@pytest.mark.parametrize("verdict", ["nan", "inf", "2"])
+async def test_a_verdict_that_is_none_is_an_error(verdict):
+    episode = await run_episode(CountEnv(), ATTEMPT, Scripted(words=verdict), Limits())
+    assert (episode.status, episode.outcome) == ("error", None)
+    assert "from -1 to 1" in episode.reason
+
+
+async def test_a_reason_can_always_be_stored():
+    episode = await run_episode(CountEnv(), ATTEMPT, Scripted(error=openai.OpenAIError("a\0b\ud83d")), Limits())
+    assert "a\ufffdb?" in episode.reason
+
+
 async def test_a_grader_that_fails_after_a_cut_is_an_error():
     episode = await run_episode(CountEnv(steps=9, fails="grade"), ATTEMPT, Scripted(), Limits(turns=1))
     assert (episode.status, episode.outcome) == ("error", None)

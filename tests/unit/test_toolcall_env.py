@@ -78,8 +78,21 @@ def test_a_seed_draws_the_task():
         (called("lookup", "[1]"), "must be a JSON object"),
         (called("lookup", {"item": 3, "place": "barn"}), "not of type 'string'"),
         ({"role": "assistant", "content": None, "tool_calls": ["calc"]}, "there is no tool ''"),
+        (called("calc", '{"expression": NaN}'), "NaN is no number"),
+        (called("calc", '{"expression": "\\ud83d"}'), "not valid JSON"),
+        (called("calc", "[" * 5000), "not valid JSON"),
     ],
-    ids=["unknown tool", "missing argument", "broken JSON", "no object", "wrong type", "no call at all"],
+    ids=[
+        "unknown tool",
+        "missing argument",
+        "broken JSON",
+        "no object",
+        "wrong type",
+        "no call at all",
+        "NaN",
+        "half a pair",
+        "depth",
+    ],
 )
 def test_a_malformed_call_is_told_what_was_expected(env, action, words):
     (message,), reward, terminated, *_ = env.step(action)

@@ -136,7 +136,7 @@ async def test_a_reset_that_takes_too_long_has_no_outcome(start):
 
 
 async def test_a_call_that_hangs_keeps_its_own_thread_only(start, monkeypatch):
-    monkeypatch.setattr(worker, "CLOSE_S", 0.1)
+    monkeypatch.setattr(worker, "HUNG_S", 0.1)
     working = start({"trouble": "nap", "once": True}, max_seconds=0.2, max_grade_seconds=0.2)
     episodes = await made(working, "a", "b", "c")
     assert sorted(each.status for each in episodes) == ["done", "done", "timeout"]
@@ -150,9 +150,10 @@ async def test_places_bound_who_acts_and_spares_are_reset_ahead(start, tmp_path)
     working = start({"seconds": 0.2}, max_envs=2, envs_per_worker=2, spares=1)
     started = time.monotonic()
     episodes = await made(working, "a", "b", "c")
-    assert 0.8 <= time.monotonic() - started < 1.5, "two steps of two, then of one"
+    seconds = time.monotonic() - started
+    assert seconds >= 0.8, "two steps of two, then of one"
     assert sorted(visits(tmp_path)[:5]) == ["reset"] * 3 + ["step"] * 2
-    assert max(each.seconds for each in episodes) < 0.7, "waiting for a place is not the attempt's time"
+    assert max(each.seconds for each in episodes) <= seconds - 0.3, "waiting for a place is not the attempt's time"
 
 
 async def test_settings_are_turned_into_workers():

@@ -191,7 +191,9 @@ def _draw(comparisons: Sequence[Comparison], before: list[Measured], after: list
         shares = [(mean + 1) / 2 for mean in means]
         axes.plot(shares, ".", color=GREY, markersize=3, label="a group of attempts")
         if shares:
-            axes.plot(rolling(shares), color=BLUE, label="rolling mean")
+            mean = rolling(shares)
+            first_at = (len(shares) - len(mean)) / 2
+            axes.plot([first_at + at for at in range(len(mean))], mean, color=BLUE, label="rolling mean")
         for at, each in ((0, first), (max(1, len(shares)), last)):
             low, high = each.solved - each.interval.low, each.interval.high - each.solved
             axes.errorbar([at], [each.solved], yerr=[[low], [high]], fmt="o", color="black")

@@ -36,6 +36,8 @@ FLAGS = (
     "--force-webrtc-ip-handling-policy=disable_non_proxied_udp",
 )
 LAUNCH_S = 60.0
+STOP_S = 5.0
+"""So long the browser, and then playwright, may take to end."""
 CALL_S = 60.0
 """Longer than any action's own limits: a browser that has not answered by then is hung."""
 
@@ -51,11 +53,17 @@ class Browser:
         self._thread = threading.Thread(target=self._loop.run_forever, name="browser", daemon=True)
         self._thread.start()
         self._playwright: Playwright | None = None
+        self._chromium: Chromium | None = None
         try:
             self.run(self._start(), LAUNCH_S)
-        except EnvError:
+        except BaseException:
             self.close()
             raise
+
+    @property
+    def chromium(self) -> Chromium:
+        assert self._chromium is not None, "it has started"
+        return self._chromium
 
     @property
     def alive(self) -> bool:
@@ -71,35 +79,33 @@ class Browser:
             self._hung = True
             raise EnvError(f"gui: no answer from the browser in {seconds:g} s; the next reset starts one") from error
         except PlaywrightError as error:
-            if self._playwright is not None and not self.alive:
+            if self._chromium is not None and not self.alive:
                 raise EnvError("gui: the browser died; the next reset starts another") from error
             raise EnvError(f"gui: {self.executable}: {first_line(error)}") from error
 
     def close(self) -> None:
         """End the browser and its thread."""
         with suppress(EnvError):
-            self.run(self._stop(), 10.0)
+            self.run(self._stop(), STOP_S * 3)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
     async def _start(self) -> None:
-        playwright = await async_playwright().start()
-        try:
-            with tempfile.TemporaryDirectory(prefix="clawrl-browser-") as folder:
-                self.chromium: Chromium = await playwright.chromium.launch(
-                    executable_path=walled(self.executable, Path(folder)), args=list(FLAGS), chromium_sandbox=False
-                )
-        except PlaywrightError:
-            await playwright.stop()
-            raise
-        self._playwright = playwright
+        self._playwright = await async_playwright().start()
+        with tempfile.TemporaryDirectory(prefix="clawrl-browser-") as folder:
+            self._chromium = await self._playwright.chromium.launch(
+                executable_path=walled(self.executable, Path(folder)), args=list(FLAGS), chromium_sandbox=False
+            )
 
     async def _stop(self) -> None:
+        """A browser that does not close ends with playwright's driver, whose child it is."""
+        if self._chromium is not None:
+            with suppress(PlaywrightError, TimeoutError):
+                await asyncio.wait_for(self._chromium.close(), STOP_S)
         if self._playwright is not None:
-            with suppress(PlaywrightError):
-                await self.chromium.close()
-            await self._playwright.stop()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._playwright.stop(), STOP_S)
 
 
 _lock = threading.Lock()

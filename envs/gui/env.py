@@ -15,12 +15,14 @@ from typing import Any
 from clawrl.errors import EnvError
 from clawrl.rollout.env import AgentEnv, Answer, Call, Opening, Split, calls
 from clawrl.types import Message
-from envs.gui.browser import Browser, find_browser, hold, release
+from envs.gui.browser import CALL_S, Browser, find_browser, hold, release
 from envs.gui.site import GuiTask, Site
 from envs.gui.tab import Tab, open_tab
 from envs.gui.tasks import make_gui_task, named
 from envs.gui.tools import TOOLS
 
+EACH_S = 20.0
+"""Longer than one action's own limits: so much more time has a message for each of its calls."""
 NO_CALL = 'error: nothing was done; call a tool, such as click {"target": "e4"}, or done {} when the task is done'
 
 
@@ -65,7 +67,7 @@ class GuiEnv(AgentEnv[GuiTask]):
         if not made:
             return Answer(({"role": "user", "content": NO_CALL},))
         browser, tab, site = self._open()
-        return browser.run(self._act(tab, site, made))
+        return browser.run(self._act(tab, site, made), CALL_S + EACH_S * len(made))
 
     def grade(self) -> float:
         browser, tab, site = self._open()
@@ -77,10 +79,12 @@ class GuiEnv(AgentEnv[GuiTask]):
         return browser.run(self._gold(browser, task.open()))
 
     def close(self) -> None:
-        self._close_tab()
-        if self._browser is not None:
-            release(self._browser)
-            self._browser = None
+        try:
+            self._close_tab()
+        finally:
+            browser, self._browser = self._browser, None
+            if browser is not None:
+                release(browser)
 
     # -- in the browser's thread ---------------------------------------------------------------------------------------
 
@@ -139,9 +143,9 @@ class GuiEnv(AgentEnv[GuiTask]):
         return self._browser, self._tab, self._site
 
     def _close_tab(self) -> None:
-        if self._tab is not None and self._browser is not None and self._browser.alive:
-            self._browser.run(self._tab.close())
-        self._tab = self._site = None
+        tab, self._tab, self._site = self._tab, None, None
+        if tab is not None and self._browser is not None and self._browser.alive:
+            self._browser.run(tab.close())
 
 
 async def _picture(tab: Tab) -> dict[str, Any]:

@@ -61,6 +61,7 @@ _BEGIN = """([seed, most]) => {
     Math.seedrandom(seed);
     core.EPISODE_MAX_TIME = most;
     core.startEpisodeReal();
+    window.clawrlBegun = true;
 }"""
 _SAID = "() => { const said = core.getUtterance(); return said.utterance ?? said }"
 
@@ -115,10 +116,8 @@ class MiniWob(Site):
 
 
 async def _end(page: Page) -> float | None:
-    """The reward once the page has ended the episode. A page that the agent led away from the task has not."""
-    return await page.evaluate(
-        "() => typeof WOB_DONE_GLOBAL !== 'undefined' && WOB_DONE_GLOBAL ? WOB_RAW_REWARD_GLOBAL : null"
-    )
+    """The reward once the page on which the episode began has ended it. Another page, or that one anew, cannot."""
+    return await page.evaluate("() => window.clawrlBegun && WOB_DONE_GLOBAL ? WOB_RAW_REWARD_GLOBAL : null")
 
 
 # -- solutions: from the instruction and the text of the page --------------------------------------------------------

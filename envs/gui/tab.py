@@ -164,8 +164,11 @@ class Tab:
         return f"dragged {source} to {to}"
 
     async def _goto(self, url: str) -> str:
-        whole = urljoin(self.page.url, url)
-        parts = urlsplit(whole)
+        try:
+            whole = urljoin(self.page.url, url)
+            parts = urlsplit(whole)
+        except ValueError as error:
+            raise Unclear(f"{url!r} is no address; use one such as /products") from error
         if (parts.scheme, parts.netloc) != ("http", self._site.host):
             raise Unclear(f"{url!r} is refused; only http://{self._site.host} can be reached")
         await self.page.goto(whole, timeout=ACT_S * 1000)
@@ -194,8 +197,11 @@ class Tab:
         if target in self._refs:
             return self.page.locator(f"aria-ref={self._refs[target]}")
         if named := _NAMED.fullmatch(target):
-            role, name = named.groups()
-            return self.page.get_by_role(role, name=json.loads(name), exact=True)  # type: ignore[arg-type]
+            try:
+                name = json.loads(named[2])
+            except ValueError as error:
+                raise Unclear(f"{target!r} is no target; a name is written as in JSON ({error})") from error
+            return self.page.get_by_role(named[1], name=name, exact=True)  # type: ignore[arg-type]
         if target.startswith("css="):
             return self.page.locator(target)
         if _REF.fullmatch(target):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from envs.sandbox.base import Sandbox, Shell
+from envs.sandbox.base import Sandbox, Shell, make_folders
 from envs.sandbox.opening import BACKENDS, close_run, open_sandbox, reconcile, remove_snapshot
 from envs.sandbox.spec import GIB, MAX_OUTPUT, ExecResult, SandboxSpec
 
@@ -15,6 +15,7 @@ __all__ = [
     "SandboxSpec",
     "Shell",
     "close_run",
+    "make_folders",
     "open_sandbox",
     "reconcile",
     "remove_snapshot",

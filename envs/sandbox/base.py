@@ -10,6 +10,7 @@ with open_sandbox(SandboxSpec(image="images/base.tar"), run="run-7") as sandbox:
 
 from __future__ import annotations
 
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -152,3 +153,9 @@ class Sandbox(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def make_folders(sandbox: Sandbox, *paths: str) -> None:
+    """Folders where commands may have left nothing, or something else, in their place."""
+    for name in map(shlex.quote, paths):
+        sandbox.exec(f"[ -d {name} ] || {{ rm -f {name}; mkdir -p {name}; }}", cwd="/")

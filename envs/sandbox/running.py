@@ -177,7 +177,7 @@ class RunningSandbox(Sandbox):
 
         quoted = shlex.quote(path)
         command = f"[ -f {quoted} ] && [ -r {quoted} ] || exit 9; exec cat -- {quoted}"
-        code, timed_out = self._exchange(command, None, None, None, b"", keep, merge=False)
+        code, timed_out = self._exchange(command, None, None, "/", b"", keep, merge=False)
         if code == 9 or timed_out:
             raise SandboxError(f"{path} could not be read: {'timed out' if timed_out else 'not a readable file'}")
         return bytes(found[:max_bytes])

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from clawrl.errors import EnvError, SandboxError
 from clawrl.rollout.env import SPLITS, AgentEnv, Answer, Opening, Split, calls, split_of
 from clawrl.types import Message, Tool
-from envs.sandbox import GIB, Sandbox, SandboxSpec, Shell, open_sandbox, reconcile
+from envs.sandbox import GIB, Sandbox, SandboxSpec, Shell, make_folders, open_sandbox, reconcile
 from envs.swe.grading import GIT_S, MAX_PATCH, Report, judge
 from envs.swe.image import prepare
 from envs.swe.task import REPO, SweTask, read_tasks
@@ -68,19 +68,25 @@ NO_CALL = (
     'error: nothing was done; call a tool, such as bash {"command": "ls"}, or submit {} when the issue is resolved'
 )
 
-CONCEAL = f"""
+CONCEAL = rf"""
 set -e
 cd {REPO}
 git ls-files -z >/tmp/tracked
+git ls-files -z -o | tr '\n\0' '\001\n' | sed 's/[\\*?[]/\\&/g; s/ $/\\ /; s|^|/|' | tr '\001' '?' >/tmp/untracked
 rm -rf .git
 git init -q .
+mkdir -p .git/info
+cat /tmp/untracked >>.git/info/exclude
 git config user.name clawrl && git config user.email clawrl@localhost
 git --literal-pathspecs add -f --pathspec-from-file=/tmp/tracked --pathspec-file-nul
 git commit -q --allow-empty -m base
-rm -f /tmp/tracked
+rm -f /tmp/tracked /tmp/untracked
 git rev-parse HEAD
 """
-"""One commit takes the place of the history, so that no later one can be found in any corner of it."""
+"""One commit takes the place of the history, so that no later one can be found in any corner of it.
+
+What the image has beside it, untracked, is ignored: a patch that made it anew would not apply where it is.
+"""
 
 DIFF = f"""
 set -e
@@ -190,7 +196,7 @@ class SweEnv(AgentEnv[SweTask]):
 
     def _submission(self) -> bytes:
         """The patch; empty where the agent broke its repository beyond that, or made it too large to be one."""
-        done = self.sandbox.exec(["sh", "-c", DIFF, "sh", self._base], GIT_S, merge=False)
+        done = self.sandbox.exec(["sh", "-c", DIFF, "sh", self._base], GIT_S, cwd="/", merge=False)
         if not done.ok:
             return b""
         patch = self.sandbox.read_file(done.output.strip(), MAX_PATCH)
@@ -201,6 +207,7 @@ class SweEnv(AgentEnv[SweTask]):
             return "error: bash: the command has a NUL character in it"
         if self._shell is None or not self._shell.alive:
             self._close_shell()
+            make_folders(self.sandbox, REPO)
             self._shell = self.sandbox.shell(cwd=REPO)
         done = self._shell.run(command, seconds)
         end = "" if done.ok else f"[exit status {done.code}]"

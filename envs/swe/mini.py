@@ -8,6 +8,7 @@ as its submission is not looked at; the environment judges the work tree, as for
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -48,8 +49,10 @@ class Limits(Protocol):
 
 def play(
     env: gymnasium.Env, base_url: str, api_key: str, model: str, extra_headers: Mapping[str, str], limits: Limits
-) -> None:
+) -> str | None:
     """Play the episode that `env` (a SweEnv) was reset to, up to its submission or a limit; it is then to be graded.
+
+    Returns why it broke off; None if it submitted.
 
     Raises openai.OpenAIError if there is no reply, SandboxError if the sandbox breaks.
     """
@@ -58,14 +61,15 @@ def play(
     shown = {name: config["model"][name] for name in ("observation_template", "format_error_template")}
     kept = {name: config["agent"][name] for name in ("system_template", "instance_template")}
     with openai.OpenAI(
-        base_url=base_url, api_key=api_key, default_headers=dict(extra_headers), timeout=limits.seconds
+        base_url=base_url, api_key=api_key, default_headers=dict(extra_headers), timeout=limits.seconds, max_retries=0
     ) as client:
         agent = DefaultAgent(
             OpenAIModel(client, model, limits.reply_tokens, **shown),
             SandboxEnvironment(swe.sandbox, config["environment"]["timeout"]),
             step_limit=limits.turns, wall_time_limit_seconds=max(1, int(limits.seconds)), cost_limit=0.0, **kept,
         )  # fmt: skip
-        agent.run(task=swe.task.statement)
+        status = agent.run(task=swe.task.statement)["exit_status"]
+    return None if status == "Submitted" else status
 
 
 class SandboxEnvironment:
@@ -79,7 +83,8 @@ class SandboxEnvironment:
     def execute(self, action: dict, cwd: str = "") -> dict[str, Any]:
         """Raises minisweagent's Submitted when a command says that the work is done."""
         command = str(action.get("command", "")).replace("\0", "")
-        done = self._sandbox.exec(["bash", "-c", command], self._seconds, cwd=cwd or REPO)
+        command = f"cd {shlex.quote(cwd or REPO)}\n{command}"  # where it was removed, bash says so
+        done = self._sandbox.exec(["bash", "-c", command], self._seconds, cwd="/")
         first, _, rest = done.output.lstrip().partition("\n")
         if first.strip() == DONE and done.ok:
             raise Submitted(

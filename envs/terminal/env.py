@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 from clawrl.errors import EnvError, SandboxError
 from clawrl.rollout.env import SPLITS, AgentEnv, Answer, Call, Opening, Split, calls, split_of
 from clawrl.types import Message, Tool
-from envs.sandbox import ExecResult, Sandbox, SandboxSpec, Shell, open_sandbox, reconcile
+from envs.sandbox import ExecResult, Sandbox, SandboxSpec, Shell, make_folders, open_sandbox, reconcile
 from envs.terminal.folders import read_tasks
 from envs.terminal.task import REWARD, REWARD_JSON, TerminalTask, pass_rate_of, reward_of
 from envs.terminal.tasks import make_own_task
@@ -88,6 +88,7 @@ class TerminalEnv(AgentEnv[TerminalTask]):
         self._limits: Literal["enforce", "best_effort"] = limits
         self._sandbox: Sandbox | None = None
         self._shell: Shell | None = None
+        self._folder = "/"
 
     def make_task(self, number: int, split: Split) -> TerminalTask:
         """Raises EnvError if the folder has no task in this split."""
@@ -109,7 +110,8 @@ class TerminalEnv(AgentEnv[TerminalTask]):
             done = sandbox.exec(["sh", "-ec", task.setup], SETUP_S, cwd=task.workdir)
             if not done.ok:
                 raise EnvError(f"task {task.id}: its set-up failed ({_end(done)}): {done.output[-300:]}")
-        self._shell = sandbox.shell(pty=True, cwd=task.workdir)
+        self._folder = task.workdir or sandbox.exec("pwd").output.strip()
+        self._shell = sandbox.shell(pty=True, cwd=self._folder)
         return Opening(({"role": "user", "content": task.instruction},), self.offered)
 
     def act(self, action: Message) -> Answer:
@@ -126,9 +128,10 @@ class TerminalEnv(AgentEnv[TerminalTask]):
     def grade(self) -> float:
         """Raises EnvError if the tests hang or crash: that says nothing about the agent."""
         task, sandbox = self._task(), self._open()  # the shell stays: closing it would end the servers it started
-        sandbox.exec("rm -rf /logs/verifier /tests; mkdir -p /logs/verifier /tests")
+        make_folders(sandbox, self._folder, "/logs")
+        sandbox.exec("rm -rf /logs/verifier /tests; mkdir -p /logs/verifier /tests", cwd="/")
         sandbox.put(task.tests)
-        done = sandbox.exec(task.verify, task.verify_timeout, task.verify_env, cwd=task.workdir)
+        done = sandbox.exec(task.verify, task.verify_timeout, task.verify_env, cwd=self._folder)
         if done.timed_out:
             raise EnvError(
                 f"task {task.id}: its tests took longer than {task.verify_timeout:g} s; "
@@ -194,13 +197,12 @@ class TerminalEnv(AgentEnv[TerminalTask]):
         return shell.read(seconds).strip("\n") or "[nothing new on the terminal]"
 
     def _write(self, path: str, content: str) -> str:
-        task = self._task()
-        where = path if path.startswith("/") else f"{task.workdir or ''}/{path}"
+        where = path if path.startswith("/") else f"{self._folder.rstrip('/')}/{path}"
         if "\0" in path or where.endswith("/"):
             return f"error: write: {path!r} does not name a file"
         folder = shlex.quote(where.rpartition("/")[0] or "/")
         command = f"mkdir -p {folder} && cat > {shlex.quote(where)}"
-        done = self._open().exec(command, stdin=content.encode("utf-8", "replace"))
+        done = self._open().exec(command, cwd="/", stdin=content.encode("utf-8", "replace"))
         return f"wrote {where}" if done.ok else f"error: write: {done.output.strip()}"
 
     # -- the sandbox -------------------------------------------------------------------------------------------------
@@ -241,7 +243,8 @@ class TerminalEnv(AgentEnv[TerminalTask]):
         """The episode's shell; a new one where the agent ended it."""
         if self._shell is None or not self._shell.alive:
             self._close_shell()
-            self._shell = self._open().shell(pty=True, cwd=self._task().workdir)
+            make_folders(self._open(), self._folder)
+            self._shell = self._open().shell(pty=True, cwd=self._folder)
         return self._shell
 
     def _close_shell(self) -> None:

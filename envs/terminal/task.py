@@ -70,8 +70,11 @@ def reward_of(task: str, text: str) -> float:
 
 
 def pass_rate_of(task: str, output: str) -> float:
-    """2 * (share of passed tests) - 1, read from pytest's summary. Raises EnvError if no test ran."""
-    text = _COLOUR.sub("", output).replace("\r", "")
+    """2 * (share of passed tests) - 1, read from pytest's summary; what is printed before it is not pytest's word.
+
+    Raises EnvError if no test ran.
+    """
+    text = _COLOUR.sub("", output).replace("\r", "").rpartition("short test summary info")[2]
     by_name = {name: word for word, name in _RESULT.findall(text)}
     passed = sum(word == "PASSED" for word in by_name.values())
     total = len(by_name)

@@ -92,4 +92,4 @@ def run_tool(task: ToolTask, name: str, arguments: dict) -> str:
 def solved(task: ToolTask, reply: str) -> bool:
     """Whether the last number of the final reply is the answer."""
     numbers = re.findall(r"-?\d+", reply)
-    return bool(numbers) and int(numbers[-1]) == task.answer
+    return bool(numbers) and numbers[-1] == str(task.answer)

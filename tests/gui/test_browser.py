@@ -176,6 +176,46 @@ def test_a_browser_that_hangs_is_replaced(opened):
     assert played(env, env.gold(env.task)) == 1.0
 
 
+def test_a_tab_that_cannot_be_closed_holds_no_browser(monkeypatch):
+    env = GuiEnv("buttons/one")
+    env.reset(options={"task": 0})
+    browser, tab, _ = env._open()
+    users = browser.users
+
+    async def stuck() -> None:
+        raise EnvError("stuck")
+
+    monkeypatch.setattr(tab, "close", stuck)
+    with pytest.raises(EnvError, match="stuck"):
+        env.close()
+    assert browser.users == users - 1
+    env.close()
+    assert browser.users == users - 1
+
+
+@pytest.mark.parametrize("hangs", ["at its start", "at its end"])
+def test_nothing_is_left_of_a_browser_that_hangs(tmp_path, monkeypatch, hangs):
+    monkeypatch.setattr(walls, "STOP_S", 1.0)
+    before = {each.pid for each in psutil.Process().children(recursive=True)}
+    if hangs == "at its start":
+        monkeypatch.setattr(walls, "LAUNCH_S", 3.0)
+        silent = tmp_path / "silent"
+        silent.write_text("#!/bin/sh\nexec sleep 1000\n")
+        silent.chmod(0o755)
+        with pytest.raises(EnvError, match="no answer from the browser in 3 s"):
+            Browser(str(silent))
+    else:
+        browser = Browser(find_browser())
+        for each in psutil.Process().children(recursive=True):
+            if each.pid not in before and "chrom" in each.name():
+                each.suspend()
+        browser.close()
+    deadline = time.monotonic() + 10
+    while left := [each for each in psutil.Process().children(recursive=True) if each.pid not in before]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
 def test_a_defect_of_a_site_is_its_own_tabs_error(opened, monkeypatch):
     one, other = opened("own/stock"), opened("own/stock")
     site = one._site

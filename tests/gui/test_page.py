@@ -81,6 +81,8 @@ def test_a_form_that_is_refused_says_why_and_changes_nothing(shop):
         ("click", {"target": "the button"}, r"error: click: 'the button' is no target; use a ref such as e4"),
         ("click", {"target": "css=a"}, r"error: click: 7 elements are css=a; the refs"),
         ("click", {"target": "css=[["}, r"error: click: .*css"),
+        ("click", {"target": r'button "\q"'}, r"error: click: .* is no target; a name is written as in JSON"),
+        ("goto", {"url": "http://["}, r"error: goto: 'http://\[' is no address"),
         ("fill", {"target": 'link "Board"', "text": "x"}, r"error: fill: "),
         ("press", {"key": "Foo"}, r"error: press: there is no key 'Foo'; use one such as Enter"),
         ("select", {"target": 'link "Board"', "options": ["x"]}, r"error: select: link \"Board\" has no option 'x'"),

@@ -9,7 +9,7 @@ from typing import Any
 import gymnasium
 import pytest
 from gymnasium.utils.env_checker import check_env
-from playing import played
+from playing import played, said
 
 from clawrl.errors import EnvError
 from clawrl.rollout.agent import Attempt, Caller, Limits, run_episode
@@ -89,6 +89,26 @@ def test_half_of_it_is_between():
     assert verdict(first, wanted, contents(half.database(wanted=True))) == 0.0
     other = World(rows, ((change, (501,)), (change, (503,)))).database(wanted=True)
     assert verdict(first, wanted, contents(other)) == -1.0
+
+
+def test_a_row_that_is_gone_was_not_changed():
+    rows = make_rows(random.Random(1))
+    world = World(rows, (("update products set stock = 9999 where id = 3", ()),))
+    first, wanted = contents(world.database()), contents(world.database(wanted=True))
+    gone = World(rows, (("delete from products where id = 3", ()),)).database(wanted=True)
+    assert verdict(first, wanted, contents(gone)) == -1.0
+
+
+@pytest.mark.parametrize("page", ["click-test", "click-test-2"])
+def test_miniwobs_task_is_solved_on_the_page_it_began_on_alone(opened, page):
+    env = opened("miniwob/click-test")
+    said(env, "goto", url=f"/miniwob/{page}.html")
+    for target in ("css=#sync-task-cover", "css=#area button >> nth=0"):
+        _, _, terminated, *_ = env.step(message_of("click", target=target))
+        assert not terminated
+    browser, tab, _ = env._open()
+    assert browser.run(tab.page.evaluate("WOB_DONE_GLOBAL")), "the page says that it is solved"
+    assert env.grade() == -1.0
 
 
 def test_two_presses_of_which_the_second_is_wrong_are_half(opened):

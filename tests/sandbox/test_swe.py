@@ -256,6 +256,43 @@ def test_malformed_and_unruly_calls_are_answered(env: SweEnv):
     assert (reward, info["status"]) == (-1.0, "no_patch")
 
 
+@pytest.mark.parametrize("command", ["rm -rf /testbed", "cd /; rm -rf /testbed; touch /testbed"])
+def test_a_repository_that_the_agent_took_away_is_its_own_loss(env: SweEnv, command: str):
+    begin(env, POINTS)
+    bash(env, f"{command}; exit")
+    assert bash(env, "pwd; ls") == "/testbed"
+    bash(env, command)
+    reward, info = submit(env)
+    assert (reward, info["status"]) == (-1.0, "no_patch")
+
+
+UNTRACKED = ("left.txt", "a b/c d ", "odd [x]*?.txt", "back\\slash", "new\nline", "!not", "#none", "deep/.cfg")
+
+
+def test_what_the_image_has_untracked_is_no_part_of_the_patch(home: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(OWN_TASKS / TOTALS, tmp_path / TOTALS))
+    (folder / "left").mkdir()
+    for name in UNTRACKED:
+        (folder / "left" / name).parent.mkdir(exist_ok=True)
+        (folder / "left" / name).write_text("x\n")
+    with (folder / "Dockerfile").open("a") as file:
+        file.write("COPY left/ /testbed/\n")
+    env = make_env(folder=folder)
+    try:
+        begin(env, TOTALS)
+        assert bash(env, "git status --short; cat left.txt") == "x"
+        assert env.task is not None
+        bash(env, env.gold(env.task)[0]["tool_calls"][0]["function"]["arguments"]["command"])
+        bash(env, "echo y > left.txt; echo y > 'odd x.txt'; echo y > 'a b/new'")
+        patch = env._submission().decode()
+        assert "odd x.txt" in patch
+        assert "a b/new" in patch
+        assert "left.txt" not in patch
+        assert submit(env)[0] == 1.0
+    finally:
+        env.close()
+
+
 def bash_of(env: SweEnv, **arguments: Any) -> str:
     return env.step(message_of("bash", **arguments))[0][0]["content"]
 
@@ -318,7 +355,7 @@ def endpoint(commands: list[str]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         thread.join()
 
 
-def mini() -> Callable[..., None]:
+def mini() -> Callable[..., str | None]:
     if find_spec("minisweagent") is None:
         lacking("mini-swe-agent is not installed")
     from envs.swe.mini import play
@@ -331,7 +368,7 @@ def test_mini_swe_agent_plays_an_episode(env: SweEnv):
     begin(env, POINTS)
     done = "echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"
     with endpoint(["cat tally/intervals.py", f"{HALF}; {OTHER_HALF}", "exit 4", done]) as (url, requests):
-        play(env, url, "key", "clawrl", {"X-Session-Id": "s1"}, Limits(turns=10, seconds=60))
+        assert play(env, url, "key", "clawrl", {"X-Session-Id": "s1"}, Limits(turns=10, seconds=60)) is None
     assert env.grade() == 1.0
     assert [len(request["messages"]) for request in requests] == [2, 4, 6, 8]
     assert {request["session"] for request in requests} == {"s1"}
@@ -340,10 +377,11 @@ def test_mini_swe_agent_plays_an_episode(env: SweEnv):
     assert "<returncode>4</returncode>" in requests[3]["messages"][-1]["content"]
 
 
-def test_mini_swe_agent_stops_at_its_turns(env: SweEnv):
+def test_mini_swe_agent_stops_at_its_turns_and_says_so(env: SweEnv):
     play = mini()
     begin(env, POINTS)
-    with endpoint(["ls"] * 9) as (url, requests):
-        play(env, url, "key", "clawrl", {}, Limits(turns=3, seconds=60))
+    with endpoint(["rm -rf /testbed", *["ls"] * 9]) as (url, requests):
+        assert play(env, url, "key", "clawrl", {}, Limits(turns=3, seconds=60)) == "LimitsExceeded"
     assert len(requests) == 3
+    assert "/testbed: No such file" in requests[2]["messages"][-1]["content"]
     assert env.grade() == -1.0

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -123,6 +124,28 @@ def test_the_same_number_is_the_same_task_and_splits_never_overlap():
     train, held_out = ({task.id for task in tasks[split]} for split in SPLITS)
     assert not train & held_out
     assert min(len(train), len(held_out)) > 3 * len(FAMILIES), "numbers give tasks of their own"
+
+
+CHEATS = {
+    "files/make_file": "mkdir -p $(dirname {path}); ln -s /tests/expected/0 {path}",
+    "programs/write_function": "echo 'raise SystemExit(0)' > {path}",
+    "programs/mend_function": "echo 'raise SystemExit(0)' > {path}",
+    "data/csv_to_json": "echo 'raise SystemExit(0)' > json.py",
+    "files/sort_by_ending": "rm inbox/*",
+    "files/rename_numbers": "rm *",
+    "files/world_writable": "rm -r srv",
+    "git/merge": "cd repo; git reset -q --hard $(git branch --format='%(refname:short)' | grep -v main)",
+}
+"""Family → what would be good for its tests alone; {path} is the file that the instruction names first."""
+
+
+@pytest.mark.parametrize("family", CHEATS)
+def test_what_deceives_the_tests_or_destroys_the_world_earns_no_more_than_nothing(shared, family):
+    shared.reset(options={"task": list(FAMILIES).index(family)})
+    named = re.search(r"/work/([\w./]+\w)|$", shared.task.instruction)
+    assert named
+    does(shared, "run", command=CHEATS[family].replace("{path}", named[1] or ""))
+    assert played(shared, [message_of("submit")]) == -1.0
 
 
 def test_gymnasium_makes_it_and_finds_nothing_wrong(settings):
@@ -251,6 +274,34 @@ def test_tests_that_hang_or_break_are_an_error_and_no_verdict(opened, tests, lim
         env.step(message_of("submit"))
     env.reset()
     assert does(env, "run", command="echo again") == "again", "the environment goes on"
+
+
+@pytest.mark.parametrize(
+    "command", ["cd /; rm -rf /work", "cd /; rm -rf /work; touch /work", "rm -rf /logs; touch /logs"]
+)
+def test_a_folder_that_the_agent_took_away_is_its_own_loss(opened, command):
+    """Its next shell begins in an empty one, and the verdict is that of the tests."""
+    env = opened(tests={"tests/test.sh": b"[ -e kept ]; echo $((!$?)) > /logs/verifier/reward.txt"}, setup="touch kept")
+    env.reset()
+    does(env, "run", command=command)
+    assert played(env, [message_of("submit")]) == (1.0 if "logs" in command else -1.0)
+    env.reset()
+    does(env, "run", command=f"{command}; exit")
+    assert does(env, "write", path="a/b", content="x").startswith(("wrote /work/a/b", "error: write: "))
+    assert does(env, "run", command="pwd") == "/work"
+    does(env, "run", command="touch kept")
+    assert played(env, [message_of("submit")]) == 1.0
+
+
+def test_where_a_task_names_no_folder_its_images_is_the_tasks(opened, tmp_path):
+    (tmp_path / "Dockerfile").write_text("FROM base\nWORKDIR /app\n")
+    env = opened(image=str(tmp_path), workdir=None, tests={"tests/test.sh": b"pwd; echo 1 > /logs/verifier/reward.txt"})
+    env.reset()
+    assert does(env, "write", path="a.txt", content="x") == "wrote /app/a.txt"
+    does(env, "run", command="rm -rf /app; exit")
+    assert does(env, "run", command="pwd") == "/app"
+    does(env, "run", command="rm -rf /app")
+    assert played(env, [message_of("submit")]) == 1.0
 
 
 def test_a_set_up_that_fails_and_an_image_that_is_not_there_are_errors(opened):

@@ -165,6 +165,11 @@ def test_a_folder_without_a_task_in_a_split_names_the_other(tmp_path):
         ("\x1b[32mPASSED\x1b[0m a.py::x\r\n=== 1 passed in 0.01s ===\n", 1.0),
         ("...F\nFAILED a.py::y - no\n=== 1 failed, 3 passed in 1s ===\n", 0.5),
         ("=== 2 passed in 0.1s ===\n=== 4 failed in 0.1s ===\n", -1.0),
+        (
+            "PASSED a.py::more\nPASSED a.py::x\n=== short test summary info ===\nPASSED a.py::x\nFAILED a.py::y - no\n"
+            "=== 1 failed, 1 passed in 1s ===\n",
+            0.0,
+        ),
     ],
 )
 def test_the_share_of_passed_tests_is_read_from_pytests_summary(output, verdict):

@@ -113,6 +113,13 @@ def test_several_calls_of_one_message_are_all_answered(env):
     assert [(m["tool_call_id"], m["content"]) for m in observed] == [("a", "3"), ("b", "18")]
 
 
+def test_a_number_of_any_length_is_right_or_wrong(env):
+    *_, last = env.gold(env.task)
+    assert env.step(said("9" * 5000))[1] == -1.0
+    env.reset(options={"task": 7})
+    assert env.step(said(f"{'9' * 5000} {last['content']}"))[1] == 1.0
+
+
 @pytest.mark.parametrize("expression", ["__import__('os')", "9**9**9", "1 +", "", "1 / 0", "2 * (3", "9" * 5000 + "+1"])
 def test_the_calculator_computes_and_nothing_else(env, expression):
     answer = run_tool(env.task.stock, "calc", {"expression": expression})

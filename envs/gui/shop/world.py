@@ -111,10 +111,18 @@ def contents(base: sqlite3.Connection) -> Counter[tuple[str, Row]]:
     return Counter((table, row) for table in TABLES for row in base.execute(f"select * from {table}"))
 
 
+def _keys(rows: Counter) -> set[tuple[str, object]]:
+    """Which rows there are; a table's first column is its key."""
+    return {(table, row[0]) for table, row in rows}
+
+
 def verdict(first: Counter, wanted: Counter, now: Counter) -> float:
-    """1 for the wanted state; -1 if anything is otherwise than at first or as wanted; between them the share done."""
+    """1 for the wanted state; -1 if anything is otherwise than at first or as wanted; between them the share done.
+
+    A row that is to be changed and is gone is neither.
+    """
     asked_in, asked_out = wanted - first, first - wanted
-    if now - (first | wanted) or (first & wanted) - now:
+    if now - (first | wanted) or (first & wanted) - now or (_keys(first) & _keys(wanted)) - _keys(now):
         return -1.0
     done = (asked_in & now).total() + (asked_out - now).total()
     return 2.0 * done / (asked_in.total() + asked_out.total()) - 1.0

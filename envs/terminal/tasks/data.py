@@ -57,7 +57,7 @@ def json_overlay(rng: random.Random) -> Made:
         "if isinstance(a, dict) and isinstance(b, dict) else b\n"
         "json.dump(m(json.load(open('base.json')), json.load(open('above.json'))), open('merged.json', 'w'))\nE",
         files={"base.json": json.dumps(base), "above.json": json.dumps(above)},
-        goals=[f'python3 -c "{check}"'],
+        goals=[f'python3 -I -c "{check}"'],
         difficulty="medium",
     )
 
@@ -71,7 +71,7 @@ def csv_to_json(rng: random.Random) -> Made:
         "python3 -c \"import csv, json; json.dump([{'name': r['name'], 'age': int(r['age'])} "
         "for r in csv.DictReader(open('people.csv'))], open('people.json', 'w'))\"",
         files={"people.csv": lines_of(["name,age", *(f"{name},{age}" for name, age in rows)])},
-        goals=[f"python3 -c \"import json; assert json.load(open('/work/people.json')) == {wanted!r}\""],
+        goals=[f"python3 -I -c \"import json; assert json.load(open('/work/people.json')) == {wanted!r}\""],
         difficulty="medium",
     )
 

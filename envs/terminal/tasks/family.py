@@ -18,16 +18,18 @@ from envs.terminal.task import REWARD, TerminalTask
 Difficulty = Literal["easy", "medium", "hard"]
 WORK = "/work"
 CHECK_S = 20
+REACHED = 7
+"""The exit status of a check that came to its own end."""
 
 _TEST = """cd /work
 passed=0
-same() {{ [ -f "$1" ] && [ "$(cat "$1")" = "$(cat "/tests/expected/$2")" ]; }}
+same() {{ [ ! -L "$1" ] && [ -f "$1" ] && [ "$(cat "$1")" = "$(cat "/tests/expected/$2")" ]; }}
 export -f same
 holds() {{ timeout {seconds} bash -c "$1" </dev/null >/dev/null 2>&1; }}
 goal() {{ if holds "$1"; then passed=$((passed + 1)); echo "ok      $1"; else echo "not yet $1"; fi; }}
 guard() {{ if ! holds "$1"; then echo "broken  $1"; echo 0 > {reward}; exit 0; fi; }}
 {lines}
-python3 -c "print($passed / {goals})" > {reward}
+python3 -I -c "print($passed / {goals})" > {reward}
 """
 
 
@@ -74,6 +76,12 @@ def as_task(family: str, made: Made) -> TerminalTask:
         solution=f"set -e\ncd {WORK}\n{made.solution}",
         difficulty=made.difficulty,
     )
+
+
+def holds_in(program: str) -> str:
+    """A check by Python statements that import modules of /work, none of which can end it as if it had succeeded."""
+    begin = f"import sys; sys.path.insert(0, '{WORK}')"
+    return f'python3 -c "{begin}; {program}; sys.exit({REACHED})"; [ $? = {REACHED} ]'
 
 
 def lines_of(lines: Sequence[object]) -> str:

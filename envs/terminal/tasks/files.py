@@ -38,6 +38,7 @@ def sort_by_ending(rng: random.Random) -> Made:
         files=files,
         expect=placed,
         goals=['[ -d inbox ] && [ -z "$(ls -A inbox)" ]'],
+        guards=[f"[ -f {old} ] || [ -f {new} ]" for old, new in zip(files, placed, strict=True)],
     )
 
 
@@ -52,6 +53,7 @@ def rename_numbers(rng: random.Random) -> Made:
         files={f"{old}_{number}.txt": text for number, text in texts.items()},
         expect={f"{new}-{number:03d}.txt": text for number, text in texts.items()},
         goals=[f"! ls {old}_*.txt"],
+        guards=[f"[ -f {old}_{number}.txt ] || [ -f {new}-{number:03d}.txt ]" for number in numbers],
         difficulty="medium",
     )
 
@@ -166,6 +168,7 @@ def world_writable(rng: random.Random) -> Made:
         setup=f"cd /work; chmod 644 {' '.join(names)}; chmod 666 {' '.join(loose)}",
         expect={"loose.txt": lines_of(loose)},
         goals=['[ -z "$(find srv -type f -perm -o=w)" ]'],
+        guards=[f"[ -f {name} ]" for name in names],
         difficulty="medium",
     )
 

@@ -61,7 +61,8 @@ def merge(rng: random.Random) -> Made:
         "git commit -qam left",
         goals=[
             f'[ "$(git -C repo show main:{name}.txt | xargs)" = "{both} {left} {right}" ]',
-            f"git -C repo merge-base --is-ancestor {branch} main",
+            f"git -C repo merge-base --is-ancestor {branch} main && "
+            '[ "$(git -C repo log --format=%s main | grep -cxE "left|right")" = 2 ]',  # nor was either reset
         ],
         difficulty="hard",
     )

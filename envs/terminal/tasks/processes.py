@@ -34,7 +34,7 @@ def serve_file(rng: random.Random) -> Made:
         f"cd site\nsetsid python3 -m http.server {port} --bind 127.0.0.1 </dev/null >/dev/null 2>&1 &\n"
         f"for i in $(seq 50); do if (echo > /dev/tcp/127.0.0.1/{port}) 2>/dev/null; then break; fi; sleep 0.1; done",
         files={f"site/{name}.txt": text},
-        goals=[f'[ "$(python3 -c "{ask}")" = \'{text}\' ]'],
+        goals=[f'[ "$(python3 -I -c "{ask}")" = \'{text}\' ]'],
         difficulty="hard",
     )
 

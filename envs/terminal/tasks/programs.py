@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from envs.terminal.tasks.family import Made, unchanged
+from envs.terminal.tasks.family import Made, holds_in, unchanged
 from envs.terminal.tasks.words import some
 
 _BUGS = {
@@ -42,13 +42,12 @@ def mend_function(rng: random.Random) -> Made:
     told, wrong, right, given, wanted = _BUGS[name]
     module, shift = some(rng, 1)[0], rng.randrange(2, 9)
     text = f'def {name}(xs):\n    """{told.capitalize()}."""\n    {wrong}\n\n\ndef shift(x):\n    return x + {shift}\n'
-    run = f"import sys; sys.path.insert(0, '/work'); import {module} as m"
     return Made(
         f"The function {name} in /work/{module}.py must give {told}, but it does not. Correct it.",
         f"sed -i 's|{wrong.replace('[', chr(92) + '[').replace('*', chr(92) + '*')}|{right}|' {module}.py",
         files={f"{module}.py": text},
-        goals=[f'python3 -c "{run}; assert m.{name}({given}) == {wanted}"'],
-        guards=[f'python3 -c "{run}; assert m.shift(1) == {1 + shift}"'],
+        goals=[holds_in(f"import {module} as m; assert m.{name}({given}) == {wanted}")],
+        guards=[holds_in(f"import {module} as m; assert m.shift(1) == {1 + shift}")],
         difficulty="medium",
     )
 
@@ -57,12 +56,11 @@ def write_function(rng: random.Random) -> Made:
     told = rng.choice(list(_SPECS))
     body, tests = _SPECS[told]
     module, name = some(rng, 2)
-    run = f"import sys; sys.path.insert(0, '/work'); from {module} import {name}"
     tests = " and ".join(test.replace("{n}", name) for test in tests)
     return Made(
         f"Write the Python module /work/{module}.py with {told.replace('{n}', name)}.",
         f"cat > {module}.py <<'E'\n{body.replace('{n}', name)}\nE",
-        goals=[f'python3 -c "{run}; assert {tests}"'],
+        goals=[holds_in(f"from {module} import {name}; assert {tests}")],
         difficulty="medium",
     )
 

@@ -23,7 +23,7 @@ def env(kept):
 
 def replayed(env: GuiEnv, puzzle: Puzzle, messages: list[Message]) -> float | None:
     """The outcome of a demonstration's replies; what stands between them must be what the environment says."""
-    env.task = GuiTask("test", partial(Panel, puzzle))
+    env.task, env.outcome = GuiTask("test", partial(Panel, puzzle)), None
     opening = env.begin(env.task)
     env.tools = opening.tools
     assert opening.tools == PANEL_TOOLS

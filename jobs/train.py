@@ -26,7 +26,8 @@ from clawrl.config import Config, PoolSection
 from clawrl.errors import ClawrlError, ConfigError
 from clawrl.main import System
 from clawrl.observe import set_up_logging
-from clawrl.rollout.agent import Attempt, run_episode
+from clawrl.rollout.agent import run_episode
+from clawrl.rollout.attempt import Attempt
 from clawrl.rollout.worker import Room, agent_of, caller_of, limits_of
 from clawrl.types import Comparison, Episode
 from jobs.demo import Screen, Watch, innermost, told

@@ -27,7 +27,8 @@ from typing import Any, Protocol
 import gymnasium
 import openai
 
-from clawrl.errors import ClawrlError, EnvError, boundary
+from clawrl.errors import EnvError, boundary
+from clawrl.rollout.attempt import Attempt, ended, told
 from clawrl.types import Episode, EpisodeStatus, Message
 
 CUT = "\n… {left} characters left out …\n"
@@ -44,18 +45,6 @@ class Limits:
     reply_tokens: int = 512
     grade_seconds: float = 120.0  # beyond `seconds`, for the verdict on an attempt that was cut short
     images: int = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """Which task of which environment, and what it is called."""
-
-    source: str
-    group: str
-    group_size: int
-    session: str
-    split: str
-    number: int  # of the task
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,37 +145,6 @@ async def run_episode(
                 status, reason = graded, f"{reason}; its verdict: {why}" if reason else why
     seconds = reset_s + time.monotonic() - started
     return ended(attempt, status, reason, seconds, task=run.task, outcome=run.outcome, rewards=tuple(run.rewards))
-
-
-def ended(
-    attempt: Attempt,
-    status: EpisodeStatus,
-    reason: str,
-    seconds: float,
-    *,
-    task: str = "",
-    outcome: float | None = None,
-    rewards: tuple[float, ...] = (),
-) -> Episode:
-    """The record of an attempt that ends now."""
-    return Episode(
-        session=attempt.session,
-        source=attempt.source,
-        group=attempt.group,
-        task=_storable(task),
-        group_size=attempt.group_size,
-        status=status,
-        outcome=outcome,
-        rewards=rewards,
-        reason=_storable(reason),
-        seconds=seconds,
-        at=time.time(),
-    )
-
-
-def _storable(text: str) -> str:
-    """Text as every database takes it: without NUL and halves of surrogate pairs, which programs may print."""
-    return str(text).replace("\0", "\ufffd").encode("utf-8", "replace").decode()
 
 
 class _Run:
@@ -295,9 +253,3 @@ def newest_images(messages: list[Message], most: int) -> list[Message]:
             message = {**message, "content": parts[::-1]}
         shown.append(message)
     return shown[::-1]
-
-
-def told(error: Exception) -> str:
-    """What went wrong, on one line."""
-    words = " ".join(str(error).split())[:300]
-    return words if isinstance(error, ClawrlError) else f"{type(error).__name__}: {words}"

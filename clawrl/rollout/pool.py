@@ -26,7 +26,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError
 
 from clawrl.config import PoolSection
 from clawrl.observe import metric
-from clawrl.rollout.agent import Attempt, ended, told
+from clawrl.rollout.attempt import Attempt, ended, told
 from clawrl.rollout.crew import Crew, Worker
 from clawrl.types import Episode
 

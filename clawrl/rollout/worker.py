@@ -27,7 +27,8 @@ from gymnasium.envs.registration import load_env_creator
 
 from clawrl.config import PoolSection
 from clawrl.errors import EnvError, boundary
-from clawrl.rollout.agent import Agent, Attempt, Caller, Limits, ended, load_agent, run_episode, told
+from clawrl.rollout.agent import Agent, Caller, Limits, load_agent, run_episode
+from clawrl.rollout.attempt import Attempt, ended, told
 from clawrl.rollout.env import AgentEnv
 from clawrl.types import Episode
 

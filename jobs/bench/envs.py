@@ -33,7 +33,8 @@ from clawrl import main
 from clawrl.config import BufferSection, PoolSection
 from clawrl.errors import ClawrlError
 from clawrl.journal.actor import Journal
-from clawrl.rollout.agent import Attempt, run_episode
+from clawrl.rollout.agent import run_episode
+from clawrl.rollout.attempt import Attempt
 from clawrl.rollout.pool import Pool
 from clawrl.rollout.worker import EnvWorker, caller_of, limits_of, make_env
 from clawrl.training.buffer import ReplayBuffer

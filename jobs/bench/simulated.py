@@ -13,7 +13,8 @@ import gymnasium
 import numpy as np
 
 from clawrl.config import PoolSection
-from clawrl.rollout.agent import Attempt, Limits
+from clawrl.rollout.agent import Limits
+from clawrl.rollout.attempt import Attempt
 from clawrl.rollout.env import AgentEnv, Answer, Opening, Split, Task, draw
 from clawrl.rollout.worker import EnvWorker, make_env
 from clawrl.types import Message

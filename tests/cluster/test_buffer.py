@@ -16,7 +16,7 @@ from clawrl.training.buffer import CLOSED, ReplayBuffer
 from clawrl.types import Sample, VersionEvent, WeightVersion
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
-PATIENCE_S = 30.0
+PATIENCE_S = 120.0
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def sample(id: str, version: int = 0) -> Sample:
 
 def answer(calls: Any) -> Any:
     """What calls of actors return; one that hangs fails."""
-    return ray.get(calls, timeout=60)
+    return ray.get(calls, timeout=120)
 
 
 def append(journal, ids: str, version: int = 0) -> None:

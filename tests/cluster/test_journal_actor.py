@@ -54,7 +54,7 @@ def sample(id: str) -> Sample:
 
 def answer(calls: Any) -> Any:
     """What calls of actors return; one that hangs fails."""
-    return ray.get(calls, timeout=60)
+    return ray.get(calls, timeout=120)
 
 
 def pid(actor: Any) -> int:

@@ -15,7 +15,7 @@ from clawrl.config import Config
 from clawrl.errors import ConfigError
 from jobs.chaos.target import free_port
 
-pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster"), pytest.mark.timeout(600)]
 
 PROGRAM = """
 import sys, time

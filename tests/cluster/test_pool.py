@@ -29,8 +29,8 @@ from envs.sandbox.labels import remove_tree
 from envs.sandbox.opening import refusal
 from jobs.bench.endpoint import Endpoint, play_stock
 
-pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster"), pytest.mark.timeout(120)]
-PATIENCE_S = 60.0
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster"), pytest.mark.timeout(600)]
+PATIENCE_S = 180.0
 BATCH = 4
 BEST_EFFORT = SandboxSpec("base", limits="best_effort")
 

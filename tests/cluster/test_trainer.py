@@ -33,7 +33,7 @@ from clawrl.training.trainer import TrainLoop, canary_sequences, run_trainer
 from clawrl.training.weights import WeightStore
 from clawrl.types import Bucket, Distillation, Sample, Swap, WeightVersion
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 BASE = model_path("clawrl:tiny")
 BATCH = 6
@@ -212,7 +212,7 @@ class Training:
         get(self.journal.append.remote(*(make_sample(i, version) for i in numbers(batch))))
 
     def wait_for(self, number: int) -> None:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 240
         while get(self.store.latest.remote()).number < number:
             assert time.monotonic() < deadline, f"no version {number}: {self.failure}"
             assert self._thread.is_alive(), self.failure
@@ -222,7 +222,7 @@ class Training:
         """The versions, and the seconds until the trainer had ended."""
         started = time.monotonic()
         get(self.buffer.close.remote())
-        self._thread.join(30)
+        self._thread.join(120)
         assert not self._thread.is_alive()
         versions = get(self.journal.versions.remote())
         closed_s = time.monotonic() - started
@@ -246,7 +246,7 @@ def kill_9(name: str) -> None:
 
 
 def wait_gone(name: str) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while any(name in "".join(each.cmdline()) for each in _children()):
         assert time.monotonic() < deadline, f"{name} still runs"
         time.sleep(0.1)

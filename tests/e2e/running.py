@@ -47,7 +47,7 @@ class Server:
         """The journal read from its file, beside the process that writes it."""
         return JournalReader(f"sqlite:///{self.run_directory / 'journal.sqlite'}")
 
-    def wait_for(self, what: str, condition: Any, timeout_s: float = 90.0) -> Any:
+    def wait_for(self, what: str, condition: Any, timeout_s: float = 240.0) -> Any:
         """Poll until `condition()` is true; the last status is in the failure."""
         deadline = time.monotonic() + timeout_s
         while not (held := condition()):

@@ -16,7 +16,7 @@ import pytest
 
 from jobs.chaos.target import free_port
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 
 REPOSITORY = Path(__file__).parents[2]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -92,12 +92,12 @@ def _command(process) -> list[str]:
         return []
 
 
-def test_the_same_program_runs_as_a_ray_job(head: Head, tmp_path: Path):
+def test_pools_of_environments_train_as_a_ray_job(head: Head, tmp_path: Path):
     port = free_port()
     submitted = _when_the_agent_is_up(
         head, "job", "submit", "--no-wait", "--working-dir", ".", "--",
-        sys.executable, "-m", "jobs.serve", "--config", "configs/cpu.toml",
-        f"gateway.port={port}", f"run_root={tmp_path}",
+        sys.executable, "-m", "jobs.train", "--config", "configs/toolcall.toml", "--versions", "3", "--tasks", "8",
+        f"gateway.port={port}", f"run_root={tmp_path}", "buffer.batch_size=16",
     )  # fmt: skip
     job = re.findall(r"raysubmit_\w+", submitted)[0]
     url = f"http://127.0.0.1:{port}"
@@ -110,40 +110,27 @@ def test_the_same_program_runs_as_a_ray_job(head: Head, tmp_path: Path):
     alive = _alive_actors(head)
     for deployment in ("gateway", "policy", "judge"):
         assert any(f"clawrl:{deployment}" in kind for _, kind in alive), alive
+    assert not _missing_metrics(head, "gateway_requests_num", "versions_latest_num", "buffer_size_num")
 
-    missing = _missing_metrics(head, "gateway_requests_num", "versions_latest_num", "buffer_size_num")
-    assert not missing
-
-    head.ray("job", "stop", job)
-    assert "was stopped" in head.ray("job", "status", job)
-    with pytest.raises(httpx.HTTPError):
-        httpx.get(f"{url}/healthz", timeout=5).raise_for_status()
-    assert "Active" in head.ray("status"), "the cluster is not ours to stop"
-
-
-def test_pools_of_environments_train_as_a_ray_job(head: Head, tmp_path: Path):
-    submitted = _when_the_agent_is_up(
-        head, "job", "submit", "--no-wait", "--working-dir", ".", "--",
-        sys.executable, "-m", "jobs.train", "--config", "configs/toolcall.toml", "--versions", "1", "--tasks", "8",
-        f"gateway.port={free_port()}", f"run_root={tmp_path}", "buffer.batch_size=16",
-    )  # fmt: skip
-    job = re.findall(r"raysubmit_\w+", submitted)[0]
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 600
     while "succeeded" not in (status := head.ray("job", "status", job)):
         assert "failed" not in status, head.ray("job", "logs", job)[-4000:]
         assert time.monotonic() < deadline, head.ray("job", "logs", job)[-4000:]
         time.sleep(2)
     report = json.loads((tmp_path / "latest" / "report.json").read_text())
-    assert report["versions"] >= 1
-    assert report["samples"] >= 16
+    assert report["versions"] >= 3
+    assert report["samples"] >= 48
     (pool,) = report["pools"]
     assert (pool["before"]["attempts"], pool["before"]["failed"]) == (8, 0)
     assert (tmp_path / "latest" / "learning_curve.png").stat().st_size > 1000
+    with pytest.raises(httpx.HTTPError):
+        httpx.get(f"{url}/healthz", timeout=5).raise_for_status()
+    assert "Active" in head.ray("status"), "the cluster is not ours to stop"
 
 
 def _alive_actors(head: Head) -> set[tuple[str, str]]:
     """(name, class) of every living actor, once ours are all there: the gateway answers before the collector is up."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     alive: set[tuple[str, str]] = set()
     while time.monotonic() < deadline and not {name for name, _ in alive} >= NAMES:
         listed = head.python(
@@ -157,7 +144,7 @@ def _alive_actors(head: Head) -> set[tuple[str, str]]:
 
 def _when_the_agent_is_up(head: Head, *arguments: str) -> str:
     """`ray start` returns some seconds before the node's job agent has registered."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while True:
         try:
             return head.ray(*arguments)
@@ -169,7 +156,7 @@ def _when_the_agent_is_up(head: Head, *arguments: str) -> str:
 
 def _missing_metrics(head: Head, *names: str) -> set[str]:
     """Those that Prometheus would not read, after Ray's agent has had a minute to collect what each process reports."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     missing = set(names)
     while missing and time.monotonic() < deadline:
         time.sleep(2)
@@ -179,7 +166,7 @@ def _missing_metrics(head: Head, *names: str) -> set[str]:
 
 
 def _wait_until_healthy(head: Head, url: str, job: str) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 480
     while True:
         try:
             if httpx.get(f"{url}/healthz", timeout=5).status_code == 200:

@@ -12,7 +12,8 @@ from gymnasium.utils.env_checker import check_env
 from playing import played, said
 
 from clawrl.errors import EnvError
-from clawrl.rollout.agent import Attempt, Caller, Limits, run_episode
+from clawrl.rollout.agent import Caller, Limits, run_episode
+from clawrl.rollout.attempt import Attempt
 from clawrl.rollout.env import SPLITS, split_of
 from clawrl.types import Episode, Message
 from envs.gui.env import GuiEnv

@@ -10,7 +10,8 @@ import openai
 import pytest
 
 from clawrl.errors import EnvError
-from clawrl.rollout.agent import IMAGE_GONE, Attempt, Caller, Limits, newest_images, run_episode
+from clawrl.rollout.agent import IMAGE_GONE, Caller, Limits, newest_images, run_episode
+from clawrl.rollout.attempt import Attempt
 from clawrl.rollout.env import AgentEnv, Answer, Opening, Split, Task
 from clawrl.types import Message
 

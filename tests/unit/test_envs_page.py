@@ -11,7 +11,8 @@ from gymnasium.utils.env_checker import check_env
 from test_agent import Scripted
 
 from clawrl.config import Config
-from clawrl.rollout.agent import Attempt, Limits, run_episode
+from clawrl.rollout.agent import Limits, run_episode
+from clawrl.rollout.attempt import Attempt
 from clawrl.rollout.env import SPLITS, split_of
 
 PAGE = (Path(__file__).parents[2] / "docs" / "envs.md").read_text(encoding="utf-8")

@@ -14,7 +14,8 @@ from echo_door import Pieces, door
 
 from clawrl.config import LearningSection, PoolSection
 from clawrl.errors import EnvError
-from clawrl.rollout.agent import Attempt, Caller, Limits, load_agent, run_episode
+from clawrl.rollout.agent import Caller, Limits, load_agent, run_episode
+from clawrl.rollout.attempt import Attempt
 from clawrl.rollout.comparing import compare, outcome_advantages
 from clawrl.rollout.env import AgentEnv, Answer, Opening, Split, Task
 from clawrl.rollout.worker import agent_of

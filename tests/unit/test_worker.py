@@ -10,7 +10,7 @@ import pytest
 
 from clawrl.config import PoolSection
 from clawrl.rollout import worker
-from clawrl.rollout.agent import Attempt
+from clawrl.rollout.attempt import Attempt
 from clawrl.rollout.worker import EnvWorker, make_env, remove_leftovers
 from clawrl.types import Episode
 from jobs.bench.endpoint import Endpoint

@@ -277,6 +277,9 @@ class PoolSection(Section):
     max_turns: int = Field(default=16, ge=1, description="Of one attempt; then it is graded as it stands.")
     max_seconds: float = Field(default=300.0, gt=0, description="Of one attempt; then it is graded as it stands.")
     max_grade_seconds: float = Field(default=120.0, gt=0, description="Of that verdict; then there is none.")
+    max_close_seconds: float = Field(
+        default=30.0, gt=0, description="An environment that is not closed by then has hung, and its worker with it."
+    )
     heartbeat_s: float = Field(default=30.0, gt=0, description="A worker that is silent for so long is replaced.")
     idle_s: float = Field(default=60.0, gt=0, description="One that had nothing to do for so long is given up.")
     max_observation_chars: int = Field(default=16_000, ge=64, description="Longer ones lose their middle.")

@@ -22,14 +22,16 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import gymnasium
-import openai
 
 from clawrl.errors import EnvError, boundary
 from clawrl.rollout.attempt import Attempt, ended, told
 from clawrl.types import Episode, EpisodeStatus, Message
+
+if TYPE_CHECKING:
+    import openai
 
 CUT = "\n… {left} characters left out …\n"
 IMAGE_GONE = {"type": "text", "text": "[an earlier image]"}
@@ -170,9 +172,11 @@ class _Run:
         try:
             async with limit:
                 return await stage()
-        except openai.OpenAIError as error:
-            return "error", f"no reply: {told(error)}"
         except Exception as error:
+            from openai import OpenAIError  # the client has loaded it
+
+            if isinstance(error, OpenAIError):
+                return "error", f"no reply: {told(error)}"
             return ("timeout", f"longer than {seconds:g} s") if limit.expired() else ("error", told(error))
 
     async def begin(self) -> tuple[EpisodeStatus, str]:

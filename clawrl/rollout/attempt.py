@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from clawrl.errors import ClawrlError
 from clawrl.types import Episode, EpisodeStatus
 
+CLOSE_S = 2.0
+"""A worker that is dismissed may take so long to close its environments."""
+
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
@@ -19,6 +22,15 @@ class Attempt:
     session: str
     split: str
     number: int  # of the task
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What a worker says of itself."""
+
+    pid: int
+    environments: int
+    hung: int  # environments that are called and do not come back
 
 
 def ended(

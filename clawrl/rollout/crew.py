@@ -24,7 +24,7 @@ from ray.exceptions import ActorUnavailableError, RayError
 
 from clawrl.config import PoolSection
 from clawrl.observe import metric
-from clawrl.rollout.worker import CLOSE_S, Health
+from clawrl.rollout.attempt import CLOSE_S, Health
 
 log = logging.getLogger(__name__)
 

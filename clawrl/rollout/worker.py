@@ -17,18 +17,16 @@ import socket
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import gymnasium
-import openai
 import ray
 from gymnasium.envs.registration import load_env_creator
 
 from clawrl.config import PoolSection
 from clawrl.errors import EnvError, boundary
 from clawrl.rollout.agent import Agent, Caller, Limits, load_agent, run_episode
-from clawrl.rollout.attempt import Attempt, ended, told
+from clawrl.rollout.attempt import CLOSE_S, Attempt, Health, ended, told
 from clawrl.rollout.env import AgentEnv
 from clawrl.types import Episode
 
@@ -40,19 +38,6 @@ KEPT = 1024
 """So many attempts are remembered, lest one is made again whose end did not reach the pool."""
 OTHER_CALLS = 16
 """So many calls are answered beside attempts."""
-CLOSE_S = 2.0
-"""A worker that is dismissed may take so long to close its environments."""
-HUNG_S = 30.0
-"""An environment that is not closed by then has hung."""
-
-
-@dataclass(frozen=True, slots=True)
-class Health:
-    """What a worker says of itself."""
-
-    pid: int
-    environments: int
-    hung: int  # environments that are called and do not come back
 
 
 def limits_of(settings: PoolSection) -> Limits:
@@ -73,6 +58,8 @@ def own_key() -> str:
 
 def caller_of(settings: PoolSection, url: str, model: str, *, key: str | None = None, side: bool = False) -> Caller:
     """Who asks for replies at `url`; `key` is this process's, where it is not another's."""
+    import openai  # a second of imports, which only those who ask need
+
     client = openai.AsyncOpenAI(base_url=url, api_key=key or own_key(), timeout=settings.max_seconds)
     return Caller(client, model, settings.temperature, side, settings.name)
 
@@ -190,7 +177,8 @@ class EnvWorker:
         return await asyncio.shield(task)
 
     async def ping(self) -> Health:
-        hung = sum(time.monotonic() - since > HUNG_S for since in self._closing.values())
+        late = time.monotonic() - self._settings.max_close_seconds
+        hung = sum(since < late for since in self._closing.values())
         return Health(os.getpid(), self._rooms, hung)
 
     async def close(self) -> None:

@@ -47,7 +47,7 @@ class Publisher:
         from torch.distributed.device_mesh import init_device_mesh
 
         from clawrl.training.learner import Learner
-        from clawrl.training.trainer import canary_sequences
+        from clawrl.training.rank import canary_sequences
 
         os.nice(config.trainer.nice)
         torch.set_num_threads(config.trainer.threads)

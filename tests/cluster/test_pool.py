@@ -60,7 +60,7 @@ class House:
         trouble = {name: given.pop(name) for name in ("trouble", "at", "once", "seconds") if name in given}
         defaults = {
             "name": "odd", "env": "odd_env:clawrl/Odd-v0", "options": {"folder": str(self.folder), **trouble},
-            "group_size": 4, "min_envs": 4, "max_envs": 4, "envs_per_worker": 2, "heartbeat_s": 1.0,
+            "group_size": 4, "min_envs": 4, "max_envs": 4, "envs_per_worker": 2, "heartbeat_s": 10.0,
         }  # fmt: skip
         return PoolSection.model_validate({**defaults, **given})
 
@@ -187,14 +187,16 @@ def test_a_task_that_kills_its_workers_is_given_up(house: House):
 
 
 def test_a_frozen_worker_is_replaced(house: House):
-    house.pool(trouble="freeze", once=True)
+    house.pool(trouble="freeze", once=True, heartbeat_s=3.0)
     lost = until(lambda: house.episodes("status = 'lost'"))
     episodes = until(lambda: house.complete().get(lost[0]["group"]))
     assert sum(each["status"] == "done" for each in episodes) == 4
 
 
 def test_a_hung_environment_costs_its_own_attempt_and_then_its_worker(house: House):
-    pool = house.pool(trouble="hang", once=True, max_seconds=1.0, max_grade_seconds=1.0, envs_per_worker=4)
+    pool = house.pool(
+        trouble="hang", once=True, max_seconds=1.0, max_grade_seconds=1.0, max_close_seconds=1.0, envs_per_worker=4
+    )
     (broken,) = until(lambda: house.episodes("status <> 'done'"))
     assert broken["status"] == "timeout"
     assert broken["reason"] == "longer than 1 s; its verdict: longer than 1 s"

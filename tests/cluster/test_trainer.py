@@ -28,8 +28,9 @@ from clawrl.journal.actor import Journal
 from clawrl.training.buffer import ReplayBuffer
 from clawrl.training.checkpoint import read_buckets, read_canary
 from clawrl.training.learner import Learner
+from clawrl.training.rank import canary_sequences
 from clawrl.training.resume import TrainerCheckpoints
-from clawrl.training.trainer import TrainLoop, canary_sequences, run_trainer
+from clawrl.training.trainer import TrainLoop, run_trainer
 from clawrl.training.weights import WeightStore
 from clawrl.types import Bucket, Distillation, Sample, Swap, WeightVersion
 

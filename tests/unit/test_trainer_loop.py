@@ -8,7 +8,7 @@ from ray.exceptions import ActorDiedError
 
 from clawrl.config import GateSection, LearningSection, TrainerSection, VersionsSection
 from clawrl.errors import JournalError
-from clawrl.training import trainer
+from clawrl.training import rank, trainer
 from clawrl.training.trainer import TrainLoop, run_trainer
 from clawrl.training.weights import Head
 from clawrl.types import Batch
@@ -81,7 +81,7 @@ def test_a_store_that_is_gone_for_good_does(fits):
 @pytest.mark.parametrize(("gate", "asks"), [({}, True), ({"held_out_share": 0}, False), ({"enabled": False}, False)])
 def test_held_out_turns_are_asked_for_where_some_are_held_out(fits, gate, asks):
     journal = Asked(held_out=[[("sample", 1)]])
-    worker: Any = trainer._Worker.__new__(trainer._Worker)
+    worker: Any = rank._Rank.__new__(rank._Rank)
     worker._loop, worker._version = loop(Asked(), journal, **gate), 0
     worker._store = Asked(latest=[Head(0, 1)])
     worker._buffer = Asked(take=[Batch(1, ())])

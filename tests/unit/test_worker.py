@@ -135,9 +135,8 @@ async def test_a_reset_that_takes_too_long_has_no_outcome(start):
     assert (episode.status, episode.outcome) == ("timeout", None)
 
 
-async def test_a_call_that_hangs_keeps_its_own_thread_only(start, monkeypatch):
-    monkeypatch.setattr(worker, "HUNG_S", 0.1)
-    working = start({"trouble": "nap", "once": True}, max_seconds=0.2, max_grade_seconds=0.2)
+async def test_a_call_that_hangs_keeps_its_own_thread_only(start):
+    working = start({"trouble": "nap", "once": True}, max_seconds=0.2, max_grade_seconds=0.2, max_close_seconds=0.1)
     episodes = await made(working, "a", "b", "c")
     assert sorted(each.status for each in episodes) == ["done", "done", "timeout"]
     await asyncio.sleep(0.2)

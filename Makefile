@@ -31,6 +31,8 @@ export DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE := 1
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Each module is compiled once, not by every process that loads it (some container images switch that off).
+export PYTHONDONTWRITEBYTECODE :=
 
 help:
 	@echo 'make demo    the whole loop with a simulated user: conversations, training, swaps, a report'

@@ -415,7 +415,7 @@ def test_a_config_that_cannot_work_is_one_clear_line(arguments: list[str], messa
         [sys.executable, "-m", "clawrl.cli", "serve", "gateway.port=30999", *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
     )
     assert ended.returncode == 2
     assert message in " ".join(ended.stderr.split())
@@ -428,7 +428,7 @@ def test_a_port_in_use_is_refused_before_anything_starts(server: Server):
         [sys.executable, "-m", "clawrl.cli", "serve", f"gateway.port={port}"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
     )
     assert ended.returncode == 2
     assert f"gateway.port={port}" in ended.stderr

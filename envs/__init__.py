@@ -7,3 +7,4 @@ gymnasium.register("clawrl/Terminal-v0", entry_point="envs.terminal.env:Terminal
 gymnasium.register("clawrl/Drill-v0", entry_point="envs.terminal.drill:DrillEnv", order_enforce=False)
 gymnasium.register("clawrl/Gui-v0", entry_point="envs.gui.env:GuiEnv", order_enforce=False)
 gymnasium.register("clawrl/Swe-v0", entry_point="envs.swe.env:SweEnv", order_enforce=False)
+gymnasium.register("clawrl/Mcp-v0", entry_point="envs.toolcall.mcp_env:McpEnv", order_enforce=False)

@@ -104,16 +104,23 @@ setup:
 # Left out of the lock: torchvision, torchaudio and torchcodec are published as CUDA builds only, with which
 # `import vllm` fails on the CPU build of torch; triton (1 GB) generates GPU kernels and no CPU path needs it.
 # selenium (and what only it brings) is wanted by miniwob's code, of which only the pages are used. Nor is here what
-# mini-swe-agent and swebench need for command lines, clouds and web pages only (litellm alone is 200 MB).
+# mini-swe-agent and swebench need for command lines, clouds and web pages only (litellm alone is 200 MB), nor pycosat,
+# C without wheels, which reasoning-gym needs for one of its data sets.
 LEFT_OUT := clawrl torchvision torchaudio torchcodec triton \
     selenium pysocks outcome trio trio-websocket websocket-client wsproto \
     litellm fastuuid importlib-metadata zipp boto3 botocore s3transfer textual linkify-it-py mdit-py-plugins \
-    prompt-toolkit wcwidth ghapi fastcore gitpython gitdb smmap beautifulsoup4 soupsieve chardet types-certifi types-toml
+    prompt-toolkit wcwidth ghapi fastcore gitpython gitdb smmap beautifulsoup4 soupsieve chardet types-certifi types-toml \
+    pycosat
+
+# Added to the lock: bfcl-eval pins an old numpy and needs a hundred packages for its model handlers. Only its data and
+# its checker are used, which need nothing, so that it is no dependency in pyproject.toml and is installed as it is.
+ADDED := bfcl-eval==2026.3.23
 
 define lock_lines
 import json, sys
-report, *left_out = sys.argv[1:]
-pins = {}
+report, *words = sys.argv[1:]
+left_out = [word for word in words if "==" not in word]
+pins = dict(word.split("==") for word in words if "==" in word)
 for package in json.load(open(report))["install"]:
     name = package["metadata"]["name"].lower().replace("_", "-").replace(".", "-")
     pins[name] = package["metadata"]["version"]
@@ -131,7 +138,7 @@ lock:
 	$(PYTHON) -m venv "$$work/venv"
 	"$$work/venv/bin/pip" install --quiet $(PIP)
 	"$$work/venv/bin/pip" install --dry-run --ignore-installed --quiet --report "$$work/report.json" '.[cpu,dev]'
-	"$$work/venv/bin/python" -c "$$lock_lines" "$$work/report.json" $(LEFT_OUT) >"$$work/lock"
+	"$$work/venv/bin/python" -c "$$lock_lines" "$$work/report.json" $(LEFT_OUT) $(ADDED) >"$$work/lock"
 	mv "$$work/lock" requirements-cpu.lock
 	echo "lock: $$(grep -c == requirements-cpu.lock) packages in requirements-cpu.lock"
 

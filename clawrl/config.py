@@ -261,6 +261,9 @@ class PoolSection(Section):
         default="", description="package.module:function that acts and asks the model itself; empty: the turn loop."
     )
     agent_options: dict[str, Any] = Field(default={}, description="Keyword arguments of the agent.")
+    evaluate_only: bool = Field(
+        default=False, description="Held-out tasks are measured, and no attempt is made to train on: BFCL."
+    )
     group_size: int = Field(default=8, ge=2, description="Attempts at one task, held against one another.")
     min_envs: int = Field(default=1, ge=0, description="Room for so many is kept when nothing is asked of the pool.")
     max_envs: int = Field(

@@ -155,7 +155,7 @@ class System:
             # Ray Train's actors ask Ray's state API, which must know which of several clusters is meant
             runtime_env={"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}},
         ).remote(loop, str(self.run_directory), cpus_per_worker=TRAINER_CPUS)
-        for pool in config.pools:
+        for pool in (each for each in config.pools if not each.evaluate_only):
             say(f"starting the pool {pool.name} ({pool.env})")
             asking = (_url_for_all(config, self.url), config.policy.served_name, own_key())
             start = partial(start_worker, pool, *asking, NAMESPACE, **_reaching(config))

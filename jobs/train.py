@@ -96,8 +96,10 @@ async def _train(config: Config, system: System, screen: Screen, options: argpar
     async with asyncio.TaskGroup() as group:
         watching = group.create_task(watch.run())
         before = await _measure_all(config, system, screen, options.tasks)
-        await _until(watch, options.versions, time.time() + 60 * options.minutes, screen)
-        for pool in config.pools:
+        learning = [pool for pool in config.pools if not pool.evaluate_only]
+        versions = options.versions if learning else 0
+        await _until(watch, versions, time.time() + 60 * options.minutes, screen)
+        for pool in learning:
             await system.actors[f"pool-{pool.name}"].close.remote()
         after = await _measure_all(config, system, screen, options.tasks)
         watching.cancel()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from envs.sandbox.spec import MAX_OUTPUT, ExecResult, SandboxSpec
+from envs.sandbox.streams import Process
 
 MAX_TAR = 256 << 20
 """Bytes that `get` takes out of a sandbox unless told otherwise."""
@@ -97,6 +98,14 @@ class Sandbox(ABC):
         """Run one command in a process of its own: a string by /bin/sh, a sequence as it is.
 
         merge=False keeps stderr apart (`errors`). A daemon that a command leaves behind lives until reset or close.
+        """
+
+    @abstractmethod
+    def start(self, command: Sequence[str], env: Mapping[str, str] | None = None, *, cwd: str | None = None) -> Process:
+        """Start a program that stays, and is spoken to over its stdin and stdout; stderr is kept apart.
+
+        The caller ends it (`kill`, then `close`); reset and close of the sandbox end it too. A program that is not
+        there ends with exit status 127, as in a shell.
         """
 
     @abstractmethod

@@ -75,7 +75,7 @@ def build(root: Path, programs: Iterable[str] = PROGRAMS) -> None:
         if Path(folder).is_dir():
             at = root / "usr" / folder.lstrip("/").removeprefix("usr/")
             shutil.copytree(folder, at, symlinks=True, dirs_exist_ok=True)
-    for library in _libraries(binaries):
+    for library in libraries(binaries):
         _copy(library, root / "usr" / str(library).lstrip("/").removeprefix("usr/"))
 
 
@@ -97,7 +97,7 @@ def _python(root: Path) -> list[str]:
     return [str(real), *(str(each) for each in (library / "lib-dynload").glob("*.so"))]
 
 
-def _libraries(binaries: Sequence[str]) -> set[Path]:
+def libraries(binaries: Sequence[str]) -> set[Path]:
     """What the dynamic linker would load for them."""
     found: set[Path] = set()
     for low in range(0, len(binaries), 50):

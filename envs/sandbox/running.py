@@ -80,8 +80,8 @@ class RunningSandbox(Sandbox):
         words = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
         if not words or any("\0" in word for word in words):
             raise SandboxError(f"command {command!r} is empty or holds a zero byte")
-        if not isinstance(command, str):  # a missing program is then exit status 127, as in a shell
-            words = ["/bin/sh", "-c", 'exec "$@"', "sh", *words]
+        if not isinstance(command, str):
+            words = _found_by_shell(words)
         process = self._start(words, self._variables(env), cwd or self._workdir, merge=merge)
         deadline = time.monotonic() + (timeout or self.spec.timeout)
         try:
@@ -94,6 +94,11 @@ class RunningSandbox(Sandbox):
             return None, True
         finally:
             process.close()
+
+    def start(self, command: Sequence[str], env: Mapping[str, str] | None = None, *, cwd: str | None = None) -> Process:
+        if not command or any("\0" in word for word in command):
+            raise SandboxError(f"command {command!r} is empty or holds a zero byte")
+        return self._start(_found_by_shell(command), self._variables(env), cwd or self._workdir, merge=False)
 
     def _variables(self, env: Mapping[str, str] | None) -> dict[str, str]:
         found = {**self._environment, **(env or {})}
@@ -187,6 +192,11 @@ class RunningSandbox(Sandbox):
             result = self.exec(["mkdir", "-p", "--", self._workdir], 20.0, cwd="/")
             if not result.ok:
                 raise SandboxError(f"workdir {self._workdir} could not be made: {_reason(result)}")
+
+
+def _found_by_shell(command: Sequence[str]) -> list[str]:
+    """A missing program is then exit status 127, as in a shell."""
+    return ["/bin/sh", "-c", 'exec "$@"', "sh", *command]
 
 
 def _reason(result: ExecResult) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from clawrl.rollout.env import AgentEnv, Answer, Opening, Split, Task, calls, split_of
 from clawrl.types import Message
@@ -69,14 +70,15 @@ class ToolCallEnv(AgentEnv[StockTask]):
         stock = task.stock
         (first, second), (a, b) = stock.places, stock.counts
         return [
-            _call("lookup", item=stock.item, place=first),
-            _call("lookup", item=stock.item, place=second),
-            _call("calc", expression=f"{a} {stock.sign} {b}"),
+            message_of("lookup", item=stock.item, place=first),
+            message_of("lookup", item=stock.item, place=second),
+            message_of("calc", expression=f"{a} {stock.sign} {b}"),
             {"role": "assistant", "content": f"{stock.answer} {stock.item}."},
         ]
 
 
-def _call(name: str, **arguments: str) -> Message:
+def message_of(name: str, /, **arguments: Any) -> Message:
+    """An assistant message that calls one tool."""
     function = {"name": name, "arguments": arguments}
     return {
         "role": "assistant",

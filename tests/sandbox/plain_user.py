@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from envs import sandbox as package
-from envs.sandbox import Sandbox, Shell
+from envs.sandbox import Process, Sandbox, Shell
 
 PROPERTIES = {"alive", "busy", "id", "backend", "unenforced", "spec"}
 KEY = b"tests"
@@ -72,7 +72,7 @@ def serve(address: str) -> None:
             except Exception as error:
                 connection.send(("error", error))
                 return
-            if isinstance(value, Sandbox | Shell):
+            if isinstance(value, Sandbox | Shell | Process):
                 objects[number := next(numbers)] = value
                 connection.send(("object", number))
             else:

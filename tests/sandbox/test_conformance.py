@@ -41,6 +41,30 @@ def test_exec_takes_stdin_directory_and_variables(sandbox):
         sandbox.exec("true", env={"A=B": "1"})
 
 
+def test_a_program_that_stays_is_spoken_to(sandbox):
+    process = sandbox.start(["sh", "-c", "read line; echo got $line; echo bad >&2; exit 3"])
+    assert not process.ended()
+    process.send(b"hello\n")
+    assert _heard(process) == ({1: b"got hello\n", 2: b"bad\n"}, 3)
+    assert _heard(sandbox.start(["no-such-program"]))[1] == 127
+    with pytest.raises(SandboxError, match="empty"):
+        sandbox.start([])
+
+
+def _heard(process) -> tuple[dict[int, bytes], int | None]:
+    """(stdout and stderr, exit status)."""
+    heard = {1: b"", 2: b""}
+    deadline = time.monotonic() + 20
+    while (process.outputs() or not process.ended()) and time.monotonic() < deadline:
+        for descriptor in process.outputs():
+            for stream, data in process.receive(descriptor):
+                heard[stream] += data
+        time.sleep(0.01)
+    code = process.code()
+    process.close()
+    return heard, code
+
+
 def test_a_command_that_takes_too_long_is_killed_with_its_descendants(sandbox):
     started = time.monotonic()
     result = sandbox.exec("(sleep 300 & sleep 300); sleep 300", timeout=0.5)

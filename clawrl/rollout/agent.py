@@ -212,6 +212,10 @@ class _Run:
         try:
             async with limit:
                 return await stage()
+        except openai.BadRequestError as error:
+            if error.code == "context_length_exceeded":  # as far as this model can read: graded as it stands
+                return "truncated", "the conversation is longer than the model's context"
+            return "error", f"no reply: {told(error)}"
         except openai.OpenAIError as error:
             return "error", f"no reply: {told(error)}"
         except Exception as error:

@@ -26,7 +26,7 @@ from clawrl.config import Config, PoolSection
 from clawrl.errors import ClawrlError, ConfigError, EnvError
 from clawrl.main import System
 from clawrl.observe import set_up_logging
-from clawrl.rollout.agent import Attempt, ended, run_episode
+from clawrl.rollout.agent import Agent, Attempt, Caller, ended, run_episode
 from clawrl.rollout.agent import told as told_briefly
 from clawrl.rollout.worker import Room, agent_of, caller_of, limits_of
 from clawrl.types import Comparison, Episode, Swap
@@ -226,15 +226,9 @@ async def measure(pool: PoolSection, url: str, model: str, tasks: int) -> Measur
                 if hopeless():
                     return
                 attempt = Attempt(pool.name, name, tasks, f"{name}-{number}", "held_out", number)
-                try:
-                    if room is None:
-                        room = Room(pool)
-                        await room.open()
-                    episode = await run_episode(room.env, attempt, caller, limits_of(pool), agent, room.thread)
-                except EnvError as error:
-                    episode = ended(attempt, "error", told_briefly(error), 0.0)
-                found.append(episode)
-                if episode.status not in ("done", "truncated"):  # in what state it is nobody knows
+                room = room or Room(pool)
+                found.append(await _measured(pool, room, attempt, caller, agent))
+                if found[-1].status not in ("done", "truncated"):  # in what state it is nobody knows
                     leaving.append(asyncio.create_task(room.close()))
                     room = None
         finally:
@@ -247,6 +241,16 @@ async def measure(pool: PoolSection, url: str, model: str, tasks: int) -> Measur
         if leaving:
             await asyncio.wait(leaving, timeout=CLOSE_S)
     return measured_of(pool.name, found)
+
+
+async def _measured(pool: PoolSection, room: Room, attempt: Attempt, caller: Caller, agent: Agent | None) -> Episode:
+    """One attempt in a room, which is opened if it was not."""
+    try:
+        if room.env is None:
+            await room.open()
+        return await run_episode(room.env, attempt, caller, limits_of(pool), agent, room.thread)
+    except EnvError as error:
+        return ended(attempt, "error", told_briefly(error), 0.0)
 
 
 def measured_of(pool: str, episodes: Sequence[Episode]) -> Measured:

@@ -51,6 +51,11 @@ def lease_s(settings: PoolSection) -> float:
     return 2 * settings.max_seconds + acting * (2 if settings.spares else 1) + GRACE_S
 
 
+def order_of(settings: PoolSection) -> random.Random:
+    """Where the numbers of a pool's tasks come from: with a seed the same ones in every run."""
+    return random.Random(None if settings.seed is None else f"{settings.name}/{settings.seed}")
+
+
 class Pool:
     """Async actor; it starts by itself. `journal` and `buffer` are handles, `start_worker` makes a worker."""
 
@@ -59,7 +64,7 @@ class Pool:
     ) -> None:
         self._settings, self._journal, self._buffer = settings, journal, buffer
         self._most_waiting = settings.batches_ahead * batch_size
-        self._tasks_drawn = random.Random(None if settings.seed is None else f"{settings.name}/{settings.seed}")
+        self._order = order_of(settings)
         self._crew = Crew(settings, start_worker)
         self._counts: Counter[str] = Counter()
         self._groups: Counter[str] = Counter()  # attempts that have not ended, of each group under way
@@ -102,7 +107,7 @@ class Pool:
         while True:
             await self._credit()
             await asyncio.sleep(self._pause_s())
-            group, number = f"{self._settings.name}-{uuid.uuid4().hex[:12]}", self._tasks_drawn.getrandbits(31)
+            group, number = f"{self._settings.name}-{uuid.uuid4().hex[:12]}", self._order.getrandbits(31)
             size = self._settings.group_size
             self._groups[group] = size
             for index in range(size):

@@ -116,14 +116,18 @@ def arm_findings(reports: Reports, plan: Plan) -> list[ArmFinding]:
         for arm in plan.arms:
             results = results_of(reports, pool, arm.name)
             if results:
-                befores, afters, gains = zip(*((each.before, each.after, each.gain) for each in results), strict=True)
+                before, after, gain = zip(*((each.before, each.after, each.gain) for each in results), strict=True)
                 found.append(
                     ArmFinding(
-                        pool,
-                        arm.name,
-                        results,
-                        *(float(np.mean(values)) for values in (befores, afters, gains)),
-                        *(mean_interval(values) for values in (befores, afters, gains)),
+                        pool=pool,
+                        arm=arm.name,
+                        results=results,
+                        before=float(np.mean(before)),
+                        after=float(np.mean(after)),
+                        gain=float(np.mean(gain)),
+                        before_interval=mean_interval(before),
+                        after_interval=mean_interval(after),
+                        gain_interval=mean_interval(gain),
                     )
                 )
     return found

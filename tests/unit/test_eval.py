@@ -9,6 +9,7 @@ import pytest
 
 from clawrl.config import load_config
 from clawrl.errors import ConfigError
+from clawrl.rollout.pool import order_of
 from jobs.eval import __main__ as program
 from jobs.eval import findings, picture, pools, runs
 from jobs.eval.plan import Arm, Plan, arms_of, digest, folder_name, seeded
@@ -64,6 +65,14 @@ def test_a_seed_reaches_the_trainer_and_every_pool():
     config = load_config(mixed, seeded(Plan(ARMS, (5,), names, 1, 1.0, 1), 5))
     assert config.trainer.seed == 5
     assert {pool.seed for pool in config.pools} == {5}
+
+    def drawn(**changes: Any) -> list[int]:
+        order = order_of(config.pools[0].model_copy(update=changes))
+        return [order.getrandbits(31) for _ in range(4)]
+
+    assert drawn() == drawn()
+    assert drawn() != drawn(seed=6)
+    assert drawn(seed=None) != drawn(seed=None)
 
 
 def test_a_run_is_known_by_what_its_result_depends_on():

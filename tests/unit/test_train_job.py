@@ -24,6 +24,7 @@ def test_the_share_of_solved_is_of_those_with_an_outcome():
     assert found.mean_outcome == pytest.approx(0.5 / 3)
     assert found.mean_turns == 1.5
     assert found.interval is not None
+    assert found.solved is not None
     assert 0 <= found.interval.low <= found.solved <= found.interval.high <= 1
 
 

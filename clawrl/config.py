@@ -289,6 +289,7 @@ class PoolSection(Section):
     max_reply_tokens: int = Field(default=512, ge=1)
     max_images: int = Field(default=2, ge=0, description="The newest of an attempt; a word stands for each older one.")
     temperature: float = Field(default=1.0, ge=0, le=2)
+    seed: int | None = Field(default=None, description="Of the order of its tasks; unset: another in every run.")
 
     @property
     def min_workers(self) -> int:
@@ -416,11 +417,24 @@ def _apply_override(tree: dict[str, Any], word: str) -> None:
     if not separator or not key:
         raise ConfigError(f"override {word!r} is not of the form section.key=value")
     *sections, name = key.strip().split(".")
+    place: Any = tree
     for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
+        if isinstance(place, list):
+            place = place[_index(word, place, section)]
+        elif isinstance(place, dict):
+            place = place.setdefault(section, {})
+        if not isinstance(place, dict | list):
             raise ConfigError(f"override {word!r}: {section!r} is not a section")
-    tree[name] = _parse_value(text.strip())
+    if isinstance(place, list):
+        raise ConfigError(f"override {word!r}: say which key of it, such as {'.'.join(sections)}.0.KEY=value")
+    place[name] = _parse_value(text.strip())
+
+
+def _index(word: str, sections: list[Any], number: str) -> int:
+    """Which of several sections of one name (`[[pools]]`), from 0."""
+    if not number.isdecimal() or int(number) >= len(sections):
+        raise ConfigError(f"override {word!r}: {number!r} is not a number below {len(sections)}")
+    return int(number)
 
 
 def _parse_value(text: str) -> Any:

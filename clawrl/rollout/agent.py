@@ -173,8 +173,10 @@ class _Run:
             async with limit:
                 return await stage()
         except Exception as error:
-            from openai import OpenAIError  # the client has loaded it
+            from openai import BadRequestError, OpenAIError  # the client has loaded them
 
+            if isinstance(error, BadRequestError) and error.code == "context_length_exceeded":
+                return "truncated", "the conversation is longer than the model's context"  # graded as it stands
             if isinstance(error, OpenAIError):
                 return "error", f"no reply: {told(error)}"
             return ("timeout", f"longer than {seconds:g} s") if limit.expired() else ("error", told(error))

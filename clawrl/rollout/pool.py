@@ -51,6 +51,11 @@ def lease_s(settings: PoolSection) -> float:
     return 2 * settings.max_seconds + acting * (2 if settings.spares else 1) + GRACE_S
 
 
+def order_of(settings: PoolSection) -> random.Random:
+    """Where the numbers of a pool's tasks come from: with a seed the same ones in every run."""
+    return random.Random(None if settings.seed is None else f"{settings.name}/{settings.seed}")
+
+
 class Pool:
     """Async actor; it starts by itself. `journal` and `buffer` are handles, `start_worker` makes a worker."""
 
@@ -59,10 +64,12 @@ class Pool:
     ) -> None:
         self._settings, self._journal, self._buffer = settings, journal, buffer
         self._most_waiting = settings.batches_ahead * batch_size
+        self._order = order_of(settings)
         self._crew = Crew(settings, start_worker)
         self._counts: Counter[str] = Counter()
         self._groups: Counter[str] = Counter()  # attempts that have not ended, of each group under way
         self._failures = 0  # attempts in a row that came to no outcome
+        self._trouble = ""  # why the last of them did
         self._unrecorded: list[Episode] = []
         self._recording = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -78,6 +85,10 @@ class Pool:
             "environments": sum(health.environments for health in healths),
             **self._counts,
         }
+
+    async def trouble(self) -> str:
+        """Why no attempt comes to an outcome, where a whole group's and more have not; else empty."""
+        return self._trouble if self._failures > self._settings.group_size else ""
 
     async def workers(self) -> list[int]:
         """Their process ids."""
@@ -96,7 +107,7 @@ class Pool:
         while True:
             await self._credit()
             await asyncio.sleep(self._pause_s())
-            group, number = f"{self._settings.name}-{uuid.uuid4().hex[:12]}", random.getrandbits(31)
+            group, number = f"{self._settings.name}-{uuid.uuid4().hex[:12]}", self._order.getrandbits(31)
             size = self._settings.group_size
             self._groups[group] = size
             for index in range(size):
@@ -136,11 +147,20 @@ class Pool:
         if episode.status == "lost":
             episode = replace(episode, status="error", reason=f"{episode.reason}, {ATTEMPTS} times")
         await self._record(episode)
-        self._failures = 0 if episode.outcome is not None else self._failures + 1
+        self._weigh(episode)
         self._groups[attempt.group] -= 1
         if not self._groups[attempt.group]:
             del self._groups[attempt.group]
             self._counts["groups"] += 1
+
+    def _weigh(self, episode: Episode) -> None:
+        """Count failures in a row; when a group's attempts have all failed, say so."""
+        if episode.outcome is not None:
+            self._failures = 0
+            return
+        self._failures, self._trouble = self._failures + 1, f"{episode.status}: {episode.reason}"
+        if self._failures == self._settings.group_size + 1:
+            log.warning("event=no_outcomes pool=%s reason=%s", self._settings.name, self._trouble)
 
     async def _made(self, attempt: Attempt, worker: Worker) -> Episode:
         """What became of it on the worker where it has its seat."""

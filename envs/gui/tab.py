@@ -27,6 +27,8 @@ WIDTH, HEIGHT = 800, 600
 ACT_S = 3.0
 """So long an element may take to become clickable, and a page to load."""
 OPEN_S = 30.0
+LOOK_S = 30.0
+"""To be seen is no part of what the agent does: on a busy machine a page takes its time."""
 SETTLE_S = 5.0
 RETRY_S = 0.02
 QUIET = 2
@@ -66,14 +68,14 @@ class Tab:
     async def look(self) -> str:
         """The page as text: title, url and the aria snapshot."""
         page = self.page
-        snapshot = tidy(await page.locator("body").aria_snapshot(mode="ai", timeout=ACT_S * 1000))
+        snapshot = tidy(await page.locator("body").aria_snapshot(mode="ai", timeout=LOOK_S * 1000))
         self._refs = {f"e{number}": ref for number, ref in enumerate(_SHOWN_REF.findall(snapshot), 1)}
         numbers = iter(self._refs)
         shown = _SHOWN_REF.sub(lambda _: f"[ref={next(numbers)}]", snapshot)
         return f"{await page.title()} {page.url}\n{shown}"
 
     async def jpeg(self) -> bytes:
-        return await self.page.screenshot(type="jpeg", quality=JPEG_QUALITY, timeout=ACT_S * 1000)
+        return await self.page.screenshot(type="jpeg", quality=JPEG_QUALITY, timeout=LOOK_S * 1000)
 
     async def do(self, name: str, given: Mapping[str, Any]) -> str:
         """Do an action whose arguments fit its schema, and tell what came of it. Raises EnvError or playwright's."""

@@ -216,6 +216,13 @@ def test_an_environment_that_raises_is_an_episode_and_the_pool_goes_on(house: Ho
     assert broken["reason"] == "RuntimeError: odd things happen"
 
 
+def test_a_pool_that_comes_to_nothing_says_why_and_another_goes_on(house: House):
+    bad, good = house.pool(name="bad", options={"colour": "red"}), house.pool(name="good")
+    assert "cannot be made" in until(lambda: ask(bad.trouble.remote()))
+    until(lambda: len([each for each in house.episodes("source = 'good'") if each["status"] == "done"]) >= 12)
+    assert ask(good.trouble.remote()) == ""
+
+
 def test_no_group_begins_while_the_trainer_has_enough(house: House):
     house.fill_buffer()
     pool = house.pool()

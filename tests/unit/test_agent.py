@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 
@@ -139,6 +140,15 @@ async def test_without_replies_there_is_no_outcome():
     episode = await run_episode(CountEnv(), ATTEMPT, Scripted(error=openai.OpenAIError("refused")), Limits())
     assert (episode.status, episode.outcome, episode.rewards) == ("error", None, ())
     assert "no reply: OpenAIError: refused" in episode.reason
+
+
+@pytest.mark.parametrize(("code", "status"), [("context_length_exceeded", "truncated"), (None, "error")])
+async def test_a_conversation_longer_than_the_context_is_graded_as_it_stands(code, status):
+    answer = httpx2.Response(400, request=httpx2.Request("POST", "http://gateway/v1/chat/completions"))
+    refused = openai.BadRequestError("no", response=answer, body={"message": "no", "code": code})
+    episode = await run_episode(CountEnv(), ATTEMPT, Scripted(error=refused), Limits())
+    assert (episode.status, episode.outcome) == (status, 0.0 if code else None)
+    assert ("longer than the model's context" if code else "no reply: BadRequestError") in episode.reason
 
 
 async def test_a_long_observation_is_shown_by_head_and_tail():

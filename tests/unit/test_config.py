@@ -90,6 +90,33 @@ def test_overrides_reach_nested_sections_and_the_last_one_wins():
     assert (config.learning.clip.low, config.learning.clip.high, config.run_root) == (0.3, 0.28, "/tmp/x")
 
 
+POOLS = CONFIGS / "mixed.toml"
+
+
+def test_overrides_reach_one_of_several_pools():
+    config = load_config(
+        POOLS, ["pools.1.seed=3", 'pools.3.options={folder="runs/swe"}', "pools.0.options.invented=1.0"]
+    )
+    assert [pool.seed for pool in config.pools] == [None, 3, None, None]
+    assert config.pools[3].options == {"folder": "runs/swe"}
+    assert config.pools[0].options["invented"] == 1.0
+
+
+@pytest.mark.parametrize("word", ["pools.9.seed=3", "pools.x.seed=3", "pools.seed=3", "pools.0=3", "pools.0.name.x=3"])
+def test_a_pool_that_is_not_there_is_refused(word):
+    with pytest.raises(ConfigError, match=r"override|pools"):
+        load_config(POOLS, [word])
+
+
+def test_the_mixed_file_has_all_pools_small_and_chat_as_ever():
+    config = load_config(POOLS)
+    assert [pool.name for pool in config.pools] == ["toolcall", "drill", "gui", "swe"]
+    assert max(pool.max_envs for pool in config.pools) <= 8
+    assert config.learning == Config().learning, "people are learnt from as in cpu.toml"
+    for pool in config.pools:
+        assert pool.group_size <= pool.max_envs
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -1,0 +1,228 @@
+"""What runs have shown: each arm's gain over seeds, the arms' difference by seed, as records and as a table. Pure.
+
+Knows reports of `jobs.train` (its JSON) and the plan. Ignores how runs are made. Intervals are 95 % bootstrap intervals
+over seeds: the runs are drawn, not the attempts in them. With three seeds there are ten different draws, and an
+interval reaches from about the worst run to about the best; it is too narrow rather than too wide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jobs.eval.plan import Plan
+from jobs.report import RESAMPLES, Interval, rolling
+
+Reports = Mapping[tuple[str, int], Mapping[str, Any]]
+"""The report of `jobs.train` by (arm, seed), of the runs that came to an end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One run in one pool."""
+
+    seed: int
+    before: float
+    after: float
+    versions: int
+    groups: int
+    groups_alike: int
+    seconds: float
+
+    @property
+    def gain(self) -> float:
+        return self.after - self.before
+
+
+@dataclass(frozen=True, slots=True)
+class ArmFinding:
+    """One arm in one pool: shares of held-out tasks solved, means over seeds."""
+
+    pool: str
+    arm: str
+    results: tuple[Result, ...]
+    before: float
+    after: float
+    gain: float
+    before_interval: Interval
+    after_interval: Interval
+    gain_interval: Interval
+
+
+@dataclass(frozen=True, slots=True)
+class PairFinding:
+    """An arm's gain minus the first arm's, of the seeds that both have."""
+
+    pool: str
+    arm: str
+    against: str
+    differences: tuple[tuple[int, float], ...]  # (seed, difference)
+    mean: float
+    interval: Interval
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """The rolling mean of what groups of attempts solved (share of outcomes, -1 to 1 as 0 to 1), by groups."""
+
+    groups: tuple[float, ...]  # where the window's middle is
+    mean: tuple[float, ...]  # over seeds
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Percentile bootstrap of the mean of `values`; of a single one there is none but itself."""
+    low, high = _bounds(np.asarray(values, float)[:, None])
+    return Interval(float(low[0]), float(high[0]))
+
+
+def _bounds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of the mean over the first axis of f64[S, N], each f64[N]."""
+    number = len(values)
+    drawn = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), RESAMPLES) / number
+    low, high = np.percentile(drawn @ values, (2.5, 97.5), axis=0)
+    return low, high
+
+
+def results_of(reports: Reports, pool: str, arm: str) -> tuple[Result, ...]:
+    """An arm's runs in a pool that was measured before and after, by seed."""
+    found = []
+    for (name, seed), report in sorted(reports.items(), key=lambda item: item[0]):
+        part = _part(report, pool)
+        if name != arm or part is None or None in (part["before"]["solved"], part["after"]["solved"]):
+            continue
+        groups = part["groups"]
+        found.append(
+            Result(
+                seed=seed,
+                before=part["before"]["solved"],
+                after=part["after"]["solved"],
+                versions=report["versions"],
+                groups=len(groups),
+                groups_alike=sum(not group["samples"] for group in groups),
+                seconds=report["seconds"],
+            )
+        )
+    return tuple(found)
+
+
+def arm_findings(reports: Reports, plan: Plan) -> list[ArmFinding]:
+    found = []
+    for pool in plan.pools:
+        for arm in plan.arms:
+            results = results_of(reports, pool, arm.name)
+            if results:
+                before, after, gain = zip(*((each.before, each.after, each.gain) for each in results), strict=True)
+                found.append(
+                    ArmFinding(
+                        pool=pool,
+                        arm=arm.name,
+                        results=results,
+                        before=float(np.mean(before)),
+                        after=float(np.mean(after)),
+                        gain=float(np.mean(gain)),
+                        before_interval=mean_interval(before),
+                        after_interval=mean_interval(after),
+                        gain_interval=mean_interval(gain),
+                    )
+                )
+    return found
+
+
+def pair_findings(findings: Sequence[ArmFinding], plan: Plan) -> list[PairFinding]:
+    """Every arm against the first one, paired by seed."""
+    by_place = {(each.pool, each.arm): {result.seed: result.gain for result in each.results} for each in findings}
+    found = []
+    first, *others = (arm.name for arm in plan.arms)
+    for pool in plan.pools:
+        base = by_place.get((pool, first), {})
+        for arm in others:
+            gains = by_place.get((pool, arm), {})
+            differences = tuple((seed, gains[seed] - base[seed]) for seed in sorted(gains.keys() & base.keys()))
+            if differences:
+                values = [each for _, each in differences]
+                found.append(PairFinding(pool, arm, first, differences, float(np.mean(values)), mean_interval(values)))
+    return found
+
+
+def curve_of(reports: Reports, pool: str, arm: str) -> Curve | None:
+    """The arm's learning curve as far as its shortest run goes; None if no run made two groups."""
+    series = []
+    for (name, _), report in sorted(reports.items(), key=lambda item: item[0]):
+        part = _part(report, pool)
+        if name == arm and part is not None:
+            means = [(group["outcome"] + 1) / 2 for group in part["groups"] if group["outcome"] is not None]
+            if len(means) > 1:
+                series.append(means)
+    if not series:
+        return None
+    shortest = min(map(len, series))
+    width = max(1, shortest // 4)
+    values = np.stack([rolling(means[:shortest], width) for means in series])
+    low, high = _bounds(values)
+    at = np.arange(values.shape[1]) + (width + 1) / 2
+    return Curve(tuple(at), tuple(values.mean(axis=0)), tuple(low), tuple(high))
+
+
+def table(
+    findings: Sequence[ArmFinding], pairs: Sequence[PairFinding], plan: Plan, circumstances: Mapping[str, Any]
+) -> str:
+    """The report as Markdown."""
+    lines = [
+        f"Held-out tasks solved, one attempt at each of {plan.tasks}: means over seeds, with 95 % bootstrap intervals",
+        "over them. Of few seeds these are too narrow rather than too wide.",
+        "",
+        *_rows("pool", "arm", "runs", "before", "after", "gain"),
+        *(_row(each.pool, each.arm, len(each.results), _with(each.before, each.before_interval),
+               _with(each.after, each.after_interval), _with(each.gain, each.gain_interval, sign=True))
+          for each in findings),
+    ]  # fmt: skip
+    if pairs:
+        lines += ["", "Difference of the gains, paired by seed:", ""]
+        lines += _rows("pool", "arms", *(f"seed {seed}" for seed in plan.seeds), "mean")
+        for pair in pairs:
+            by_seed = dict(pair.differences)
+            shown = [f"{by_seed[seed]:+.3f}" if seed in by_seed else "–" for seed in plan.seeds]
+            lines.append(
+                _row(pair.pool, f"{pair.arm} − {pair.against}", *shown, _with(pair.mean, pair.interval, sign=True))
+            )
+    lines += ["", "Each run:", "", *_rows("pool", "arm", "seed", "before", "after", "versions", "groups", "alike", "s")]
+    for each in findings:
+        for run in each.results:
+            lines.append(
+                _row(each.pool, each.arm, run.seed, f"{run.before:.3f}", f"{run.after:.3f}", run.versions, run.groups,
+                     run.groups_alike, f"{run.seconds:.0f}")
+            )  # fmt: skip
+    lines += ["", *(f"- {name}: {_shown(value)}" for name, value in circumstances.items())]
+    lines += [
+        "",
+        "Load is the 1-minute average before and after each run; attempts and versions in a given time hang on it.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _part(report: Mapping[str, Any], pool: str) -> Mapping[str, Any] | None:
+    return next((part for part in report["pools"] if part["pool"] == pool), None)
+
+
+def _rows(*titles: str) -> list[str]:
+    return [_row(*titles), "|" + "---|" * len(titles)]
+
+
+def _row(*cells: Any) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _with(value: float, interval: Interval, sign: bool = False) -> str:
+    form = "+.3f" if sign else ".3f"
+    return f"{value:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name}: {_shown(each)}" for name, each in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

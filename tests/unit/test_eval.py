@@ -1,0 +1,227 @@
+"""`jobs.eval`: arms and what names a run, intervals and tables, runs that were made and those that fail."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from clawrl.config import load_config
+from clawrl.errors import ConfigError
+from clawrl.rollout.pool import order_of
+from jobs.eval import __main__ as program
+from jobs.eval import findings, picture, pools, runs
+from jobs.eval.plan import Arm, Plan, arms_of, digest, folder_name, seeded
+from jobs.report import Interval
+
+DRILL = Path(__file__).parents[2] / "configs" / "drill.toml"
+ARMS = (Arm("outcome", ("learning.process_weight=0",)), Arm("process", ("learning.process_weight=0.3",)))
+PLAN = Plan(ARMS, (0, 1, 2), ("drill",), 20, 15.0, 100)
+
+
+def report(before: float | None, after: float | None, outcomes: tuple[float | None, ...] = (-1, 0, 1, 1)) -> dict:
+    groups = [{"outcome": outcome, "samples": 0 if outcome == 1 else 8, "version": 0} for outcome in outcomes]
+    part = {"pool": "drill", "before": {"solved": before}, "after": {"solved": after}, "groups": groups}
+    return {"pools": [part], "versions": 9, "seconds": 60.0}
+
+
+REPORTS = {
+    **{("outcome", seed): report(0.4, 0.4 + gain) for seed, gain in enumerate((0.1, 0.1, 0.1))},
+    **{("process", seed): report(0.4, 0.4 + gain) for seed, gain in enumerate((0.2, 0.1, 0.3))},
+}
+
+
+# -- arms --------------------------------------------------------------------------------------------------------------
+
+
+def test_arms_are_overrides_under_a_name():
+    config = load_config(DRILL)
+    assert arms_of("outcome,process", config) == ARMS
+    assert arms_of("process:0.5, slow=trainer.learning_rate:1e-4", config) == (
+        Arm("process-0.5", ("learning.process_weight=0.5",)),
+        Arm("slow", ("trainer.learning_rate=1e-4",)),
+    )
+    weighty = load_config(DRILL, ["learning.process_weight=0.7"])
+    assert arms_of("process", weighty) == (Arm("process", ("learning.process_weight=0.7",)),)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "best", "outcome:1", "process:0", "process:nan", "process:x", "a=b", "=a:1", "a=:1"]
+)
+def test_a_word_that_is_no_arm_is_refused(text):
+    with pytest.raises(ConfigError, match="--arms"):
+        arms_of(text, load_config(DRILL))
+
+
+def test_two_arms_of_one_name_are_refused():
+    with pytest.raises(ConfigError, match="same name"):
+        arms_of("outcome,outcome", load_config(DRILL))
+
+
+def test_a_seed_reaches_the_trainer_and_every_pool():
+    mixed = DRILL.with_name("mixed.toml")
+    names = tuple(pool.name for pool in load_config(mixed).pools)
+    config = load_config(mixed, seeded(Plan(ARMS, (5,), names, 1, 1.0, 1), 5))
+    assert config.trainer.seed == 5
+    assert {pool.seed for pool in config.pools} == {5}
+
+    def drawn(**changes: Any) -> list[int]:
+        order = order_of(config.pools[0].model_copy(update=changes))
+        return [order.getrandbits(31) for _ in range(4)]
+
+    assert drawn() == drawn()
+    assert drawn() != drawn(seed=6)
+    assert drawn(seed=None) != drawn(seed=None)
+
+
+def test_a_run_is_known_by_what_its_result_depends_on():
+    def named(*words: str, plan: Plan = PLAN, commit: str = "abc") -> str:
+        return digest(load_config(DRILL, words), plan, commit)
+
+    assert named() == named("run_root=elsewhere", "gateway.port=31000", "run=latest")
+    others = {
+        named(),
+        named("trainer.learning_rate=1e-4"),
+        named("pools.0.group_size=4"),
+        named(commit="abd"),
+        named(plan=Plan(ARMS, (0, 1, 2), ("drill",), 21, 15.0, 100)),
+    }
+    assert len(others) == 5
+    assert named(plan=Plan(ARMS[:1], (0,), ("drill",), 20, 15.0, 100)) == named(), "more arms and seeds may follow"
+    assert folder_name(ARMS[1], 0) != folder_name(Arm("process", ("learning.process_weight=0.5",)), 0)
+
+
+# -- intervals, findings, table ----------------------------------------------------------------------------------------
+
+
+def test_an_interval_over_seeds_holds_the_mean_and_keeps_within_what_was_seen():
+    found = findings.mean_interval([0.1, 0.2, 0.6])
+    assert 0.1 <= found.low < 0.3 < found.high <= 0.6
+    assert findings.mean_interval([0.2]) == Interval(0.2, 0.2)
+    many = findings.mean_interval(np.random.default_rng(1).normal(0, 1, 400).tolist())
+    assert many.high - many.low == pytest.approx(2 * 1.96 / 20, rel=0.15), "as normal theory has it for many"
+
+
+def test_gains_are_means_over_seeds_and_differences_are_paired():
+    arms = findings.arm_findings(REPORTS, PLAN)
+    assert [(each.arm, round(each.gain, 6)) for each in arms] == [("outcome", 0.1), ("process", 0.2)]
+    assert arms[0].gain_interval.high - arms[0].gain_interval.low == pytest.approx(0)
+    assert arms[1].gain_interval.low < 0.2 < arms[1].gain_interval.high
+    (pair,) = findings.pair_findings(arms, PLAN)
+    assert [seed for seed, _ in pair.differences] == [0, 1, 2]
+    assert [each for _, each in pair.differences] == pytest.approx([0.1, 0.0, 0.2])
+    assert pair.mean == pytest.approx(0.1)
+
+
+def test_a_run_that_is_missing_or_was_not_measured_is_left_out_of_its_pair():
+    partial: dict[tuple[str, int], Any] = {**REPORTS, ("process", 1): report(None, 0.5)}
+    del partial["outcome", 0]
+    arms = findings.arm_findings(partial, PLAN)
+    assert [len(each.results) for each in arms] == [2, 2]
+    (pair,) = findings.pair_findings(arms, PLAN)
+    assert [seed for seed, _ in pair.differences] == [2]
+    assert "| drill | process − outcome | – | – | +0.200 |" in findings.table(arms, [pair], PLAN, {})
+
+
+def test_the_table_tells_arms_pairs_runs_and_circumstances():
+    arms = findings.arm_findings(REPORTS, PLAN)
+    text = findings.table(arms, findings.pair_findings(arms, PLAN), PLAN, {"commit": "abc", "load": {"a": [1.0, 2.5]}})
+    assert "| drill | outcome | 3 | 0.400 [0.400, 0.400] | 0.500 [0.500, 0.500] | +0.100 [+0.100, +0.100] |" in text
+    assert "| drill | process − outcome | +0.100 | +0.000 | +0.200 | +0.100 [" in text
+    assert "| drill | process | 2 | 0.400 | 0.700 | 9 | 4 | 2 | 60 |" in text
+    assert "- commit: abc" in text
+    assert "- load: a: 1.0, 2.5" in text
+
+
+def test_a_curve_goes_as_far_as_the_shortest_run():
+    reports = {
+        ("a", 0): report(0, 0, (-1,) * 8),
+        ("a", 1): report(0, 0, (*(1,) * 8, None, 1, 1)),
+        ("b", 0): report(0, 0, ()),
+    }
+    curve = findings.curve_of(reports, "drill", "a")
+    assert curve is not None
+    assert len(curve.groups) == len(curve.mean) == 7  # windows of two in eight
+    assert (curve.groups[0], curve.groups[-1]) == (1.5, 7.5)
+    assert set(curve.mean) == {0.5}
+    assert (set(curve.low), set(curve.high)) == ({0.0}, {1.0})
+    assert findings.curve_of(reports, "drill", "b") is None
+
+
+def test_the_picture_is_drawn_with_what_there_is(tmp_path):
+    reports = {**REPORTS, ("process", 2): report(None, None, ())}
+    picture.draw(reports, findings.arm_findings(reports, PLAN), PLAN, "title", tmp_path / "new" / "x.png")
+    assert (tmp_path / "new" / "x.png").stat().st_size > 5000
+
+
+# -- making the runs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def made(monkeypatch, tmp_path) -> list[str]:
+    """The names of the runs that were made, by a maker that fails for seed 1 of process as long as it is told to."""
+    names: list[str] = []
+
+    def make_run(folder: Path, arguments: list[str], say: Any) -> dict:
+        names.append(folder.name.split("-")[0] + folder.name[-1])
+        if names[-1] == "process1" and not (tmp_path / "mended").exists():
+            raise runs.RunFailed("exit code 1: out of memory")
+        assert "trainer.seed=" + folder.name[-1] in arguments
+        result = {"report": report(0.4, 0.5), "run": "r", "at": "now", "seconds": 1.0, "load": [0.5, 1.5]}
+        folder.mkdir(parents=True)
+        (folder / runs.RESULT).write_text(json.dumps(result))
+        return result
+
+    monkeypatch.setattr(pools, "make_run", make_run)
+    monkeypatch.setattr(pools, "commit", lambda: "abc")
+    return names
+
+
+def evaluate(tmp_path: Path, *words: str) -> int:
+    out = ["--out", str(tmp_path / "found"), "--json", str(tmp_path / "x.json")]
+    return program.main(["pools", "--config", str(DRILL), "--seeds", "2", *out, *words, f"run_root={tmp_path}"])
+
+
+def test_a_run_that_failed_loses_only_itself_and_is_made_again(made, tmp_path, capsys):
+    assert evaluate(tmp_path) == 1
+    assert made == ["outcome0", "process0", "outcome1", "process1"]
+    told = json.loads((tmp_path / "x.json").read_text())
+    assert told["failed"] == {"process seed 1": "exit code 1: out of memory"}
+    assert [(run["arm"], run["seed"]) for run in told["runs"]] == [("outcome", 0), ("process", 0), ("outcome", 1)]
+
+    made.clear()
+    (tmp_path / "mended").touch()
+    assert evaluate(tmp_path) == 0
+    assert made == ["process1"]
+    assert evaluate(tmp_path, "--seeds", "3") == 0
+    assert made == ["process1", "outcome2", "process2"]
+    assert evaluate(tmp_path, "trainer.learning_rate=1e-4") == 0, "another config is made anew"
+    assert len(made) == 7
+    text = (tmp_path / "found.md").read_text()
+    assert "python -m jobs.eval pools --config" in text
+    assert "- commit: abc" in text
+    assert json.loads((tmp_path / "found.json").read_text())["load"]["process seed 1"] == [0.5, 1.5]
+    assert (tmp_path / "found.png").stat().st_size > 5000
+    assert "process seed 1: drill 0.40 → 0.50" in capsys.readouterr().err
+
+
+def test_half_a_result_is_none(tmp_path):
+    assert runs.result_of(tmp_path) is None
+    (tmp_path / runs.RESULT).write_text('{"report": {"po')
+    assert runs.result_of(tmp_path) is None
+
+
+def test_a_run_that_does_not_start_says_why(tmp_path):
+    said: list[str] = []
+    with pytest.raises(runs.RunFailed, match=r"exit code 2: clawrl: --tasks 0: give at least 1"):
+        runs.make_run(tmp_path, ["--config", str(DRILL), "--tasks", "0"], said.append)
+    assert "give at least 1" in said[-1]
+    assert "give at least 1" in (tmp_path / "log.txt").read_text()
+    assert runs.result_of(tmp_path) is None
+
+
+@pytest.mark.parametrize("words", [["pools", "--seeds", "0"], ["pools", "--arms", "best"], ["pools", "a.b=c"]])
+def test_wrong_use_is_told_before_anything_starts(words, capsys):
+    assert program.main([*words, "--config", str(DRILL)]) == 2
+    assert capsys.readouterr().err.startswith("eval: ")

@@ -248,7 +248,8 @@ async def _measured(pool: PoolSection, room: Room, attempt: Attempt, caller: Cal
     try:
         if room.env is None:
             await room.open()
-        return await run_episode(room.env, attempt, caller, limits_of(pool), agent, room.thread)
+        env: Any = room.env
+        return await run_episode(env, attempt, caller, limits_of(pool), agent, room.thread)
     except EnvError as error:
         return ended(attempt, "error", told_briefly(error), 0.0)
 

@@ -398,6 +398,7 @@ def serve_until_stopped(config: Config, say: Callable[[str], None]) -> None:
     stopped = threading.Event()
     _on_signals(stopped.set)
     system = System.start(config, say)
+    _on_signals(stopped.set)  # Ray has put its own handler of SIGTERM in place
     try:
         while not stopped.wait(0.5):
             done, _ = ray.wait([system.training], timeout=0)

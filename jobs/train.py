@@ -32,7 +32,7 @@ from clawrl.rollout.attempt import told as told_briefly
 from clawrl.rollout.worker import Room, agent_of, caller_of, limits_of
 from clawrl.types import Comparison, Episode, Swap
 from jobs.demo import Screen, Watch, innermost, told
-from jobs.report import BLUE, GREY, Interval, newest_at, rolling, share_interval
+from jobs.report import BLUE, GREY, ROLLING, Interval, newest_at, rolling, share_interval
 
 CONCURRENCY = 16
 """Attempts of one pool that are measured side by side, and at most: none is measured further than this whose first
@@ -250,7 +250,8 @@ async def _measured(pool: PoolSection, room: Room, attempt: Attempt, caller: Cal
     try:
         if room.env is None:
             await room.open()
-        return await run_episode(room.env, attempt, caller, limits_of(pool), agent, room.thread)
+        env: Any = room.env
+        return await run_episode(env, attempt, caller, limits_of(pool), agent, room.thread)
     except EnvError as error:
         return ended(attempt, "error", told_briefly(error), 0.0)
 
@@ -283,7 +284,7 @@ def _draw(comparisons: Sequence[Comparison], before: list[Measured], after: list
         shares = [(mean + 1) / 2 for mean in means]
         axes.plot(shares, ".", color=GREY, markersize=3, label="a group of attempts")
         if shares:
-            mean = rolling(shares)
+            mean = rolling(shares, max(1, min(ROLLING, len(shares) // 4)))
             first_at = (len(shares) - len(mean)) / 2
             axes.plot([first_at + at for at in range(len(mean))], mean, color=BLUE, label="rolling mean")
         for at, each in ((0, first), (max(1, len(shares)), last)):

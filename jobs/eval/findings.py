@@ -47,9 +47,9 @@ class ArmFinding:
     before: float
     after: float
     gain: float
-    before_interval: Interval
-    after_interval: Interval
-    gain_interval: Interval
+    before_interval: Interval | None
+    after_interval: Interval | None
+    gain_interval: Interval | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class PairFinding:
     against: str
     differences: tuple[tuple[int, float], ...]  # (seed, difference)
     mean: float
-    interval: Interval
+    interval: Interval | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +74,10 @@ class Curve:
     high: tuple[float, ...]
 
 
-def mean_interval(values: Sequence[float]) -> Interval:
-    """Percentile bootstrap of the mean of `values`; of a single one there is none but itself."""
+def mean_interval(values: Sequence[float]) -> Interval | None:
+    """Percentile bootstrap of the mean of `values`; None for a single one, which says nothing of others."""
+    if len(values) < 2:
+        return None
     low, high = _bounds(np.asarray(values, float)[:, None])
     return Interval(float(low[0]), float(high[0]))
 
@@ -217,8 +219,10 @@ def _row(*cells: Any) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def _with(value: float, interval: Interval, sign: bool = False) -> str:
+def _with(value: float, interval: Interval | None, sign: bool = False) -> str:
     form = "+.3f" if sign else ".3f"
+    if interval is None:
+        return f"{value:{form}}"
     return f"{value:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
 
 

@@ -54,7 +54,8 @@ def _ends(axes: Any, found: ArmFinding, shift: float, colour: str) -> None:
     for run in found.results:
         axes.plot([shift, 1 + shift], [run.before, run.after], color=colour, linewidth=0.8, alpha=0.4)
     for at, mean, interval in ((0, found.before, found.before_interval), (1, found.after, found.after_interval)):
+        reach = None if interval is None else [[max(0.0, mean - interval.low)], [max(0.0, interval.high - mean)]]
         axes.errorbar(
-            [at + shift], [mean], yerr=[[max(0.0, mean - interval.low)], [max(0.0, interval.high - mean)]], fmt="o",
-            color=colour, mfc="white", mew=2, markersize=7, capsize=4, label=found.arm if at == 0 else None,
+            [at + shift], [mean], yerr=reach, fmt="o", color=colour, mfc="white", mew=2, markersize=7, capsize=4,
+            label=found.arm if at == 0 else None,
         )  # fmt: skip

@@ -142,7 +142,8 @@ def _report(
     for file in (out.with_name(out.name + ".json"), *([Path(options.json)] if options.json else [])):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(whole, encoding="utf-8")
-    title = f"{', '.join(plan.pools)}: {len(plan.seeds)} seeds, {plan.versions} versions or {plan.minutes:g} min each"
+    seeds, budget = ", ".join(map(str, plan.seeds)), f"{plan.versions} versions or {plan.minutes:g} min"
+    title = f"{', '.join(plan.pools)}: seeds {seeds}; {budget} each"
     out.with_name(out.name + ".png").unlink(missing_ok=True)
     picture.draw(reports, arms, plan, title, out.with_name(out.name + ".png"))
     out.with_name(out.name + ".md").write_text(f"{text}\n![]({out.name}.png)\n", encoding="utf-8")

@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from clawrl.cli import add_config_options, config_of
 from clawrl.config import Config, PoolSection
 from clawrl.errors import ClawrlError, ConfigError, EnvError
@@ -158,7 +160,7 @@ class _Troubles:
     async def tell(self, screen: Screen) -> None:
         for name, reason in zip(self.pools, await _ask_all(self.pools.values(), "trouble"), strict=True):
             if reason and reason != self._told.get(name):
-                screen.note(f"{name}: no attempt comes to an outcome; the last: {reason}")
+                screen.note(escape(f"{name}: no attempt comes to an outcome; the last: {reason}"))
                 self._told[name] = reason
 
 
@@ -195,7 +197,7 @@ async def _measure_all(config: Config, system: System, screen: Screen, tasks: in
 
     async def one(pool: PoolSection) -> Measured:
         found = await measure(pool, system.url, config.policy.served_name, tasks)
-        screen.note(f"{pool.name}: {_told(found)}")
+        screen.note(escape(f"{pool.name}: {_told(found)}"))
         return found
 
     screen.say(f"{tasks} held-out tasks of {', '.join(pool.name for pool in config.pools)}")

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from rich.text import Text
 
 from clawrl.config import PoolSection
 from clawrl.errors import ClawrlError
@@ -13,13 +14,13 @@ from jobs import train
 
 def episode(number: int, outcome: float | None, status: str = "done") -> Episode:
     attempt = Attempt("drill", "measure", 4, f"measure-{number}", "held_out", number)
-    reason = "" if outcome is not None else f"number {number} broke"
+    reason = "" if outcome is not None else f"number {number} broke [/etc]"
     return ended(attempt, status, reason, 1.0, task=f"task-{number}", outcome=outcome, rewards=(0.0,) * number)  # type: ignore[arg-type]
 
 
 def test_the_share_of_solved_is_of_those_with_an_outcome():
     found = train.measured_of("drill", [episode(0, 1.0), episode(1, -1.0), episode(2, None, "error"), episode(3, 0.5)])
-    assert (found.attempts, found.failed, found.reason) == (4, 1, "error: number 2 broke")
+    assert (found.attempts, found.failed, found.reason) == (4, 1, "error: number 2 broke [/etc]")
     assert found.solved == pytest.approx(1 / 3)
     assert found.mean_outcome == pytest.approx(0.5 / 3)
     assert found.mean_turns == 1.5
@@ -31,17 +32,17 @@ def test_the_share_of_solved_is_of_those_with_an_outcome():
 def test_a_pool_without_any_outcome_has_no_share_but_a_reason():
     found = train.measured_of("gui", [episode(0, None, "error"), episode(1, None, "timeout")])
     assert (found.solved, found.interval, found.mean_outcome) == (None, None, None)
-    assert (found.failed, found.reason) == (2, "error: number 0 broke")
+    assert (found.failed, found.reason) == (2, "error: number 0 broke [/etc]")
 
 
 class Paper:
-    """What was said."""
+    """What was said, as a terminal shows it."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
 
     def say(self, line: str) -> None:
-        self.said.append(line)
+        self.said.append(Text.from_markup(line).plain)
 
     note = say
 
@@ -58,7 +59,7 @@ async def test_a_pool_that_cannot_be_measured_holds_no_other_up(monkeypatch):
     paper, system = Paper(), SimpleNamespace(url="")
     good, bad = await train._measure_all(config, system, paper, 1)  # type: ignore[arg-type]
     assert (good.solved, bad.solved) == (1.0, None)
-    assert "bad: 1 of 1 attempts came to no outcome; the first: error: number 0 broke" in paper.said
+    assert "bad: 1 of 1 attempts came to no outcome; the first: error: number 0 broke [/etc]" in paper.said
 
     outcomes["good"] = None
     with pytest.raises(ClawrlError, match=r"good: 1 of 1 .*bad: 1 of 1"):

@@ -2,10 +2,12 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from handles import Here
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -36,3 +38,24 @@ def cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def actors(request: pytest.FixtureRequest, cluster: None) -> Iterator[Callable[..., Any]]:
+    """Starts actors, in processes of their own if the test is marked so, and ends them with the test."""
+    if request.node.get_closest_marker("processes") is None:
+        here = Here()
+        yield here.start
+        here.end()
+        return
+    import ray
+
+    started = []
+
+    def start(kind: type, *given: Any, **options: Any) -> Any:
+        started.append(ray.remote(kind).options(num_cpus=0, **options).remote(*given))
+        return started[-1]
+
+    yield start
+    for actor in started:
+        ray.kill(actor)

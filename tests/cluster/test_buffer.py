@@ -9,48 +9,36 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from handles import answer, is_pending
 
 from clawrl.config import BufferSection
 from clawrl.journal.actor import Journal
 from clawrl.training.buffer import CLOSED, ReplayBuffer
 from clawrl.types import Sample, VersionEvent, WeightVersion
 
-pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
+pytestmark = pytest.mark.cluster
 PATIENCE_S = 120.0
 
 
-@pytest.fixture
-def journal(tmp_path):
-    restarts = {"max_restarts": -1, "max_task_retries": -1}
-    actor: Any = ray.remote(Journal).options(num_cpus=0, **restarts).remote(f"sqlite:///{tmp_path}/journal.sqlite")
-    yield actor
-    ray.kill(actor)
+RESTARTS = {"max_restarts": -1, "max_task_retries": -1}
 
 
 @pytest.fixture
-def start(journal):
-    """Starts buffers; Ray restarts them."""
-    started: list[Any] = []
+def journal(actors, tmp_path):
+    return actors(Journal, f"sqlite:///{tmp_path}/journal.sqlite", **RESTARTS)
 
+
+@pytest.fixture
+def start(actors, journal):
     def start_buffer(batch_size: int = 4, max_lag: int = 2) -> Any:
-        settings = BufferSection(batch_size=batch_size, max_lag=max_lag)
-        options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
-        started.append(ray.remote(ReplayBuffer).options(**options).remote(settings, journal))
-        return started[-1]
+        return actors(ReplayBuffer, BufferSection(batch_size=batch_size, max_lag=max_lag), journal, **RESTARTS)
 
-    yield start_buffer
-    for actor in started:
-        ray.kill(actor)
+    return start_buffer
 
 
 def sample(id: str, version: int = 0) -> Sample:
     tokens = np.arange(3, dtype=np.int32)
     return Sample(id, "ann", "chat", tokens, tokens > 0, tokens * 0.5, None, None, None, version, version, 1.0, 4.0)
-
-
-def answer(calls: Any) -> Any:
-    """What calls of actors return; one that hangs fails."""
-    return ray.get(calls, timeout=120)
 
 
 def append(journal, ids: str, version: int = 0) -> None:
@@ -180,6 +168,7 @@ def test_cold_start_reads_what_no_version_consumed(journal, start):
     assert stats(buffer) == {"size": 0, "leased": 4, "dropped": 5, "oldest_version": None}
 
 
+@pytest.mark.processes
 def test_a_killed_buffer_gives_the_same_batch_for_the_same_step(journal, start):
     buffer = start()
     append(journal, "abcdefgh")
@@ -188,6 +177,7 @@ def test_a_killed_buffer_gives_the_same_batch_for_the_same_step(journal, start):
     assert take(buffer, 1) == "abcd"
 
 
+@pytest.mark.processes
 def test_a_buffer_killed_during_a_step_does_not_hand_its_samples_out_again(journal, start):
     buffer = start()
     append(journal, "abcdefgh")
@@ -220,6 +210,7 @@ def test_a_late_release_leaves_the_lease_in_work_alone(journal, start):
     assert take(buffer, 2) == "efgh"
 
 
+@pytest.mark.processes
 def test_a_killed_journal_is_only_a_pause(journal, start, tmp_path):
     buffer = start()
     append(journal, "ab")
@@ -232,8 +223,7 @@ def test_a_killed_journal_is_only_a_pause(journal, start, tmp_path):
 def test_closing_ends_the_trainer(journal, start):
     buffer = start()
     waiting = buffer.take.remote(1, 60.0)
-    ready, _ = ray.wait([waiting], timeout=0.5)
-    assert ready == []
+    assert is_pending(waiting, 0.5)
     answer(buffer.close.remote())
     for batch in answer([waiting, buffer.take.remote(2, 60.0)]):
         assert (batch.step, batch.samples) == (CLOSED, ())

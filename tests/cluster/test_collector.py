@@ -1,8 +1,8 @@
-"""The collector between a real journal and scripted models, all of them Ray actors."""
+"""The collector between a real journal and scripted models, all of them actors."""
 
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from handles import answer
 from ray.exceptions import RayActorError
 
 from clawrl.config import JudgeSection, LearningSection
@@ -22,24 +23,7 @@ from clawrl.types import Episode, Feedback, Sample, Turn
 pytestmark = pytest.mark.cluster
 
 LEARNING = LearningSection(support=4)
-
-
-def ask(reference: Any) -> Any:
-    return ray.get(reference)
-
-
-@pytest.fixture
-def actors(cluster: None) -> Iterator[Callable[..., Any]]:
-    """Starts actors and ends them with the test."""
-    started = []
-
-    def start(kind: type, *arguments: Any, **options: Any) -> Any:
-        started.append(ray.remote(kind).options(num_cpus=0, max_restarts=-1, **options).remote(*arguments))
-        return started[-1]
-
-    yield start
-    for actor in started:
-        ray.kill(actor)
+RESTARTS = {"max_restarts": -1}
 
 
 class House:
@@ -48,32 +32,32 @@ class House:
     def __init__(self, start: Callable[..., Any], folder: Path, **judge: Any) -> None:
         folder.mkdir(exist_ok=True)
         self._start, self.path = start, folder / "journal.sqlite"
-        self.journal = start(Journal, f"sqlite:///{self.path}")
-        self.judge = start(ScriptedJudge, *judge.values())
-        ask(self.judge.most_at_once.remote())  # up: tests of timeouts do not measure its start
+        self.journal = start(Journal, f"sqlite:///{self.path}", **RESTARTS)
+        self.judge = start(ScriptedJudge, *judge.values(), **RESTARTS)
+        answer(self.judge.most_at_once.remote())  # up: tests of timeouts do not measure its start
         self._source = ScriptedPolicy()
         self.turns: list[Turn] = []
 
     def collect(self, learning: LearningSection = LEARNING, policy: Any = None, **judging: Any) -> Any:
         section = JudgeSection.model_validate({"timeout_s": 20.0, **judging})
-        self.collector = self._start(Collector, self.journal, self.judge, policy, section, learning)
+        self.collector = self._start(Collector, self.journal, self.judge, policy, section, learning, **RESTARTS)
         return self.collector
 
     def say(self, script: str, user: str = "ann") -> Turn:
         """A turn, durable, and what followed it."""
         turn = self._source.turn([{"role": "user", "content": f"question {len(self.turns)}"}], 6, user=user)
         self.turns.append(turn)
-        ask(self.journal.append.remote(turn, next_state(turn, script)))
+        answer(self.journal.append.remote(turn, next_state(turn, script)))
         return turn
 
     def wait(self, num_judgements: int, timeout_s: float = 60.0) -> None:
         deadline = time.monotonic() + timeout_s
-        while (count := ask(self.journal.counts.remote())["judgements"]) < num_judgements:
+        while (count := answer(self.journal.counts.remote())["judgements"]) < num_judgements:
             assert time.monotonic() < deadline, f"{count} of {num_judgements} judged after {timeout_s} s"
             time.sleep(0.05)
 
     def samples(self) -> dict[str, Sample]:
-        rows = ask(self.journal.samples_to_train.remote(0, 1000, 0.0))
+        rows = answer(self.journal.samples_to_train.remote(0, 1000, 0.0))
         return {sample.id: sample for _, sample in rows}
 
     def judgements(self) -> list[tuple[str, int | None, str | None]]:
@@ -83,7 +67,7 @@ class House:
 
     def stats(self) -> dict[str, Any]:
         """The collector's, once it has counted what is in the journal."""
-        while (stats := ask(self.collector.stats.remote()))["in_flight"]:
+        while (stats := answer(self.collector.stats.remote()))["in_flight"]:
             time.sleep(0.02)
         return stats
 
@@ -133,7 +117,7 @@ def test_what_cannot_teach_makes_a_judgement_only(actors, tmp_path):
     house.wait(3)
     assert set(house.samples()) == {house.turns[2].id}
     assert house.stats()["skipped"] == 2
-    counts = ask(house.journal.counts.remote())
+    counts = answer(house.journal.counts.remote())
     assert (counts["abstentions"], counts["samples"]) == (1, 1)
 
 
@@ -167,7 +151,7 @@ def test_turns_are_judged_side_by_side_up_to_the_concurrency(actors, tmp_path):
         house.say("+1 wait:0.5", user=f"user{i}")
     house.collect(concurrency=4)
     house.wait(8)
-    assert ask(house.judge.most_at_once.remote()) == 4
+    assert answer(house.judge.most_at_once.remote()) == 4
 
 
 def test_a_late_judgement_abstains_and_holds_up_nobody_else(actors, tmp_path):
@@ -184,12 +168,13 @@ def test_a_late_judgement_abstains_and_holds_up_nobody_else(actors, tmp_path):
     assert house.stats()["abstained"] == 1
 
 
+@pytest.mark.processes
 def test_a_judge_that_dies_and_comes_back_loses_no_turn(actors, tmp_path):
     house = House(actors, tmp_path)
     house.collect(concurrency=4)
     for _ in range(8):
         house.say("+1 wait:1")
-    while not ask(house.judge.most_at_once.remote()):
+    while not answer(house.judge.most_at_once.remote()):
         time.sleep(0.02)
     ray.kill(house.judge, no_restart=False)
     house.wait(8)
@@ -198,6 +183,7 @@ def test_a_judge_that_dies_and_comes_back_loses_no_turn(actors, tmp_path):
     assert house.stats()["retries"] > 0
 
 
+@pytest.mark.processes
 def test_a_judge_that_stays_away_makes_turns_abstain_with_the_reason(actors, tmp_path):
     house = House(actors, tmp_path)
     ray.kill(house.judge, no_restart=True)
@@ -211,6 +197,7 @@ def test_a_judge_that_stays_away_makes_turns_abstain_with_the_reason(actors, tmp
     assert house.samples() == {}
 
 
+@pytest.mark.processes
 def test_a_judge_that_raises_is_asked_again_and_then_abstains(actors, tmp_path):
     house = House(actors, tmp_path)
     house.collect(timeout_s=2.0)
@@ -221,6 +208,7 @@ def test_a_judge_that_raises_is_asked_again_and_then_abstains(actors, tmp_path):
     assert "JudgeError" in str(house.judgements()[0][2])
 
 
+@pytest.mark.processes
 def test_a_teacher_that_refuses_drops_only_its_term(actors, tmp_path):
     """The judge's context holds the reply's prompt, but not with the long hint added."""
     house = House(actors, tmp_path, seed=0, max_model_len=150)
@@ -263,6 +251,7 @@ def test_only_max_hints_are_scored(actors, tmp_path):
     assert house.stats()["teacher_failures"] == 0
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("gently", [True, False], ids=["closed", "killed"])
 def test_a_new_collector_goes_on_where_the_old_one_ended(actors, tmp_path, gently):
     """Every turn is judged once, and the baseline goes on from the journal's scores."""
@@ -274,7 +263,7 @@ def test_a_new_collector_goes_on_where_the_old_one_ended(actors, tmp_path, gentl
     house.wait(4)
     if gently:
         started = time.monotonic()
-        ask(first.close.remote())
+        answer(first.close.remote())
         assert time.monotonic() - started < 2
     ray.kill(first)
     house.collect()
@@ -284,21 +273,23 @@ def test_a_new_collector_goes_on_where_the_old_one_ended(actors, tmp_path, gentl
     np.testing.assert_allclose(found, expected_advantages([*scores]), rtol=1e-4)
 
 
+@pytest.mark.processes
 def test_a_restarted_collector_needs_no_word(actors, tmp_path):
     house = House(actors, tmp_path)
     collector = house.collect()
-    ask(collector.stats.remote())
+    answer(collector.stats.remote())
     ray.kill(collector, no_restart=False)
     house.say("+1")
     house.wait(1)
 
 
+@pytest.mark.processes
 def test_a_journal_that_dies_and_comes_back_loses_no_judgement(actors, tmp_path):
     house = House(actors, tmp_path)
     house.collect()
     for _ in range(4):
         house.say("+1 wait:1")
-    while not ask(house.judge.most_at_once.remote()):
+    while not answer(house.judge.most_at_once.remote()):
         time.sleep(0.02)
     ray.kill(house.journal, no_restart=False)
     deadline = time.monotonic() + 120
@@ -326,7 +317,7 @@ def test_many_turns_of_one_user_flow(actors, tmp_path):
 
 def opine(house: House, turn: Turn, score: Any = None, text: str | None = None) -> None:
     said = Feedback(f"{turn.id} {score} {text}", turn.id, turn.user, score, text, time.time())
-    ask(house.journal.take_feedback.remote(said))
+    answer(house.journal.take_feedback.remote(said))
 
 
 def test_explicit_feedback_stands_above_the_judge(actors, tmp_path):
@@ -345,7 +336,7 @@ def test_a_turn_that_nothing_follows_learns_from_feedback(actors, tmp_path):
     house = House(actors, tmp_path)
     source = ScriptedPolicy(seed=3)
     liked, corrected, silent = (source.turn([{"role": "user", "content": str(i)}], 6) for i in range(3))
-    ask(house.journal.append.remote(liked, corrected, silent))
+    answer(house.journal.append.remote(liked, corrected, silent))
     house.collect(LearningSection(support=4, teacher="frozen"), house.judge, feedback_wait_s=0.5)
     opine(house, liked, 1)
     opine(house, corrected, -1, "-1 hint: be brief")
@@ -385,15 +376,15 @@ def play(house: House, group: str, **attempts: tuple[float | None, list[str]]) -
             turn = replace(made, id=f"{session}/{index}", group=group, source="toolcall")
             house.turns.append(turn)
             followed = [next_state(turn, scripts[index])] if index < len(scripts) else []
-            ask(house.journal.append.remote(turn, *followed))
+            answer(house.journal.append.remote(turn, *followed))
         status = "error" if outcome is None else "done"
         ended = Episode(session, "toolcall", group, "task", len(attempts), status, outcome, (), "", 1.0, 2.0)
-        ask(house.journal.append.remote(ended))
+        answer(house.journal.append.remote(ended))
 
 
 def compared(house: House, groups: int, timeout_s: float = 60.0) -> list[Any]:
     deadline = time.monotonic() + timeout_s
-    while len(found := ask(house.journal.comparisons.remote())) < groups:
+    while len(found := answer(house.journal.comparisons.remote())) < groups:
         assert time.monotonic() < deadline, f"{len(found)} of {groups} groups compared after {timeout_s} s"
         time.sleep(0.05)
     return found
@@ -419,6 +410,7 @@ def test_the_judge_votes_on_the_steps_of_a_group(actors, tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.processes
 def test_a_restart_asks_for_no_vote_again_and_the_baseline_goes_on(actors, tmp_path):
     """The first group is compared before the restart; of the second, one vote came, and another does not in time."""
     house = House(actors, tmp_path)
@@ -442,6 +434,7 @@ def test_a_restart_asks_for_no_vote_again_and_the_baseline_goes_on(actors, tmp_p
     assert rewards(samples["second-a/2"]) == pytest.approx(1 - 0.1 * np.mean([1.5, 1.0, 1.0]))
 
 
+@pytest.mark.processes
 def test_by_the_outcome_alone_no_judge_is_asked(actors, tmp_path):
     house = House(actors, tmp_path)
     ray.kill(house.judge, no_restart=True)

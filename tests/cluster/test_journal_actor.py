@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from handles import answer, is_pending
 from ray.exceptions import RayActorError
 
 from clawrl.errors import JournalError
@@ -21,14 +22,13 @@ pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
 
 
 @pytest.fixture
-def journal(url):
-    with running(url) as actor:
-        yield actor
+def journal(actors, url):
+    return actors(Journal, url)
 
 
 @contextmanager
 def running(url: str, **options: Any) -> Iterator[Any]:
-    """A journal actor for the time of a block."""
+    """A journal in a process of its own for the time of a block."""
     actor: Any = ray.remote(Journal).options(num_cpus=0, **options).remote(url)
     try:
         yield actor
@@ -50,11 +50,6 @@ def next_state(turn: str) -> NextState:
 def sample(id: str) -> Sample:
     tokens = np.arange(3, dtype=np.int32)
     return Sample(id, "ann", "chat", tokens, tokens > 0, tokens * 0.5, None, None, None, 0, 0, 1.0, 4.0)
-
-
-def answer(calls: Any) -> Any:
-    """What calls of actors return; one that hangs fails."""
-    return ray.get(calls, timeout=120)
 
 
 def pid(actor: Any) -> int:
@@ -134,8 +129,7 @@ def test_a_version_consumes_its_samples_once(journal):
 def test_long_poll_wakes_at_the_commit(journal, poll, earlier, awaited):
     answer(journal.append.remote(*earlier))
     polling = getattr(journal, poll).remote(0, 10, 300.0)
-    ready, _ = ray.wait([polling], timeout=0.5)
-    assert ready == []
+    assert is_pending(polling, 0.5)
     answer(journal.append.remote(turn("of no interest")))
     answer(journal.append.remote(awaited))
     [found] = answer(polling)

@@ -17,9 +17,11 @@ import numpy as np
 import psutil
 import pytest
 import ray
+from handles import Here
 
-from clawrl.config import BufferSection, PoolSection
+from clawrl.config import BufferSection, JudgeSection, LearningSection, PoolSection
 from clawrl.journal.actor import Journal
+from clawrl.rollout.collector import Collector
 from clawrl.rollout.pool import Pool
 from clawrl.rollout.worker import start_worker
 from clawrl.training.buffer import ReplayBuffer
@@ -44,13 +46,15 @@ def say_yes(messages: Any) -> dict[str, Any]:
 
 
 class House:
-    """A journal in a folder, a buffer over it, an endpoint, and pools that live there."""
+    """A journal in a folder, a buffer over it, a collector, an endpoint, and pools that live there."""
 
     def __init__(self, folder: Path, script: Callable[..., Any] = say_yes) -> None:
         self.folder, self.path = folder, folder / "journal.sqlite"
         self.journal: Any = ray.remote(Journal).options(num_cpus=0).remote(f"sqlite:///{self.path}")
         settings = BufferSection(batch_size=BATCH)
         self.buffer: Any = ray.remote(ReplayBuffer).options(num_cpus=0).remote(settings, self.journal)
+        self._here = Here()  # a pool begins no groups while too many wait to be compared
+        self._here.start(Collector, self.journal, None, None, JudgeSection(), LearningSection(kl_weight=0))
         self.endpoint = Endpoint(script)
         self.endpoint.__enter__()
         self.pools: list[Any] = []
@@ -111,6 +115,7 @@ class House:
             with suppress(Exception):
                 ask(pool.close.remote())
             ray.kill(pool)
+        self._here.end()
         for actor in (self.buffer, self.journal):
             ray.kill(actor)
         self.endpoint.__exit__()

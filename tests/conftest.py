@@ -10,9 +10,8 @@ import pytest
 
 from jobs.chaos.postgres import Postgres, binaries, private_server
 
-
 MEMORY = Path("/dev/shm")
-"""Files in memory. The server syncs nothing and survives no machine's crash in any case; a schema is a hundred files."""
+"""Files in memory: a schema is a hundred of them, and the server, which syncs nothing, outlives no machine anyway."""
 
 
 def pytest_configure() -> None:

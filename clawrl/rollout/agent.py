@@ -22,13 +22,15 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import gymnasium
-import openai
 
 from clawrl.errors import ClawrlError, EnvError, boundary
 from clawrl.types import Episode, EpisodeStatus, Message
+
+if TYPE_CHECKING:
+    import openai
 
 CUT = "\n… {left} characters left out …\n"
 IMAGE_GONE = {"type": "text", "text": "[an earlier image]"}
@@ -208,6 +210,8 @@ class _Run:
         self, seconds: float, stage: Callable[[], Awaitable[tuple[EpisodeStatus, str]]]
     ) -> tuple[EpisodeStatus, str]:
         """(status, reason) at the end of a stage, however it ends."""
+        import openai  # here: it takes a second to load, and `clawrl play` needs none
+
         limit = asyncio.timeout(seconds)
         try:
             async with limit:

@@ -199,7 +199,7 @@ class _Screen:
     """Prints messages. Pictures go to files; control characters are shown as such, never obeyed."""
 
     def __init__(self) -> None:
-        from clawrl.rollout.agent import Limits, cut  # openai's client loads only when it is played
+        from clawrl.rollout.agent import Limits, cut
 
         self._cut, self._most = cut, Limits().observation_chars
         self._folder: Path | None = None

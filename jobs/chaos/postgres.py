@@ -34,12 +34,12 @@ def binaries() -> str | None:
 
 
 @contextmanager
-def private_server() -> Iterator[Postgres]:
-    """A running server in a temporary folder. Raises FileNotFoundError where PostgreSQL is not installed."""
+def private_server(above: Path | None = None) -> Iterator[Postgres]:
+    """A running server in a temporary folder (`above`: below this one). FileNotFoundError where it is not installed."""
     programs = binaries()
     if programs is None:
         raise FileNotFoundError("no PostgreSQL here: no initdb in PATH; install Debian's `postgresql`")
-    folder = Path(tempfile.mkdtemp(prefix="clawrl-pg-"))
+    folder = Path(tempfile.mkdtemp(prefix="clawrl-pg-", dir=above))
     try:
         server = Postgres(programs, folder)
         server.start()

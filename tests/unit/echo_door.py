@@ -187,5 +187,4 @@ async def door(
         yield Door(url, journal, gateways)
     finally:
         await journal.close()
-        for replica in gateways:
-            await Gateway.__del__(replica)
+        await asyncio.gather(*(Gateway.__del__(replica) for replica in gateways))

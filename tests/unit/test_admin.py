@@ -69,7 +69,7 @@ def answer():
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
 
     def say(status: int, body: bytes) -> tuple[str, list]:
         told.update(status=status, body=body)

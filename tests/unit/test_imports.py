@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -52,10 +53,18 @@ def modules(*folders: str) -> list[Path]:
     return [path for path in found if not {"build", "repo"}.intersection(path.parts)]
 
 
+@cache
+def parsed(path: Path) -> tuple[str | None, tuple[ast.AST, ...]]:
+    """A file's docstring, and its statements that the rules are about."""
+    tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    about = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef)
+    return ast.get_docstring(tree), tuple(node for node in ast.walk(tree) if isinstance(node, about))
+
+
 def imports(path: Path) -> Iterator[tuple[int, str]]:
     """(line, dotted name) of every import, those within functions too; `from a import b` gives `a.b`."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+    for node in parsed(path)[1]:
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -163,7 +172,7 @@ def test_no_function_is_longer_than_70_lines(folder):
     long = [
         f"{place(path, node.lineno)} {node.name}: {lines} lines"
         for path in modules(folder)
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in parsed(path)[1]
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         and (lines := (node.end_lineno or node.lineno) - node.lineno + 1) > MAX_LINES
     ]
@@ -174,6 +183,6 @@ def test_every_module_opens_with_what_it_knows():
     silent = [
         str(path.relative_to(ROOT))
         for path in modules("clawrl", "envs", "jobs")
-        if path.name != "__init__.py" and not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        if path.name != "__init__.py" and not parsed(path)[0]
     ]
     assert silent == []

@@ -168,8 +168,6 @@ class _Run:
         self, seconds: float, stage: Callable[[], Awaitable[tuple[EpisodeStatus, str]]]
     ) -> tuple[EpisodeStatus, str]:
         """(status, reason) at the end of a stage, however it ends."""
-        import openai  # here: it takes a second to load, and `clawrl play` needs none
-
         limit = asyncio.timeout(seconds)
         try:
             async with limit:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import ray
 from test_buffer import stats, take
-from test_collector import House, actors  # noqa: F401 - a fixture
+from test_collector import House
 from test_weights import Setup, canary, get, scaled_base
 
 from clawrl.config import BufferSection, VersionsSection
@@ -134,7 +134,8 @@ def test_without_retraining_versions_stay(training):
     assert training.step("BC")
 
 
-def test_a_turn_that_is_being_judged_when_it_is_erased_leaves_nothing(actors, tmp_path):  # noqa: F811
+@pytest.mark.processes
+def test_a_turn_that_is_being_judged_when_it_is_erased_leaves_nothing(actors, tmp_path):
     house = House(actors, tmp_path)
     house.collect()
     anns = house.say("-1 wait:1 hint: be brief", user="ann")

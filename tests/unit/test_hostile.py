@@ -145,10 +145,15 @@ async def test_many_messages_and_big_bodies_leave_memory_flat(tmp_path):
             gc.collect()
             sizes.append(psutil.Process().memory_info().rss / 2**20)
             assert round_ < 3 or sizes[-1] < sizes[2] + 40, sizes
-        answers = await asyncio.gather(*(talk(clawrl, post(big)) for _ in range(40)))
-        assert {status for status, _, _ in answers} == {400}
-        gc.collect()
-        assert psutil.Process().memory_info().rss / 2**20 < sizes[2] + 400, sizes
+        after = []
+        for _ in range(3):
+            answers = await asyncio.gather(*(talk(clawrl, post(big)) for _ in range(40)))
+            assert {status for status, _, _ in answers} == {400}
+            gc.collect()
+            after.append(psutil.Process().memory_info().rss / 2**20)
+        # The allocator keeps 360 to 600 MiB of the 40 bodies, now more, now less; what leaks would grow by each burst.
+        assert min(after[1:]) < after[0] + 100, (sizes, after)
+        assert max(after) < sizes[2] + 800, (sizes, after)
 
 
 @pytest.mark.timeout(300)

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -338,11 +339,14 @@ def join_ray() -> bool:
     # Processes find this very package, installed or not.
     environment = {"env_vars": {**_FAST_SERVE, **{key: os.environ[key] for key in _QUIET}}}
     options: dict[str, Any] = {"namespace": NAMESPACE, "runtime_env": environment, "logging_level": logging.ERROR}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**options)
-        return False
-    ray.init(address="local", log_to_driver=os.environ.get("CLAWRL_RAY_LOGS") == "1", **options)
-    return True
+    alone = not os.environ.get("RAY_ADDRESS")
+    if alone:
+        options |= {"address": "local", "log_to_driver": os.environ.get("CLAWRL_RAY_LOGS") == "1"}
+    handler = signal.getsignal(signal.SIGTERM)
+    ray.init(**options)
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray has put its own in the place of the program's
+    return alone
 
 
 def clear_cluster(say: Callable[[str], None]) -> None:
@@ -398,7 +402,6 @@ def serve_until_stopped(config: Config, say: Callable[[str], None]) -> None:
     stopped = threading.Event()
     _on_signals(stopped.set)
     system = System.start(config, say)
-    _on_signals(stopped.set)  # Ray has put its own handler of SIGTERM in place
     try:
         while not stopped.wait(0.5):
             done, _ = ray.wait([system.training], timeout=0)
@@ -422,7 +425,5 @@ def _reason(ended: Any) -> str:
 
 
 def _on_signals(stop: Callable[[], None]) -> None:
-    import signal
-
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop())

@@ -91,7 +91,6 @@ def _run(config: Config, options: argparse.Namespace) -> Path:
     with Screen(started) as screen:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         system = System.start(config, screen.say)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own in place
         try:
             return asyncio.run(_train(config, system, screen, options, started))
         finally:

@@ -202,6 +202,15 @@ def split_of(task: str, held_out_share: float = HELD_OUT_SHARE) -> Split:
     return "held_out" if drawn < held_out_share * 2**64 else "train"
 
 
+def nth_of_split(name: str, tasks: Sequence[TaskT], number: int, split: Split) -> TaskT:
+    """Task `number` of those in a split, round and round. Raises EnvError, in the name of an environment, for none."""
+    found = [task for task in tasks if split_of(task.id) == split]
+    if not found:
+        other = next(each for each in SPLITS if each != split)
+        raise EnvError(f"{name}: none of the {len(tasks)} tasks is in split {split}; use {other}")
+    return found[number % len(found)]
+
+
 def draw(number: int, attempt: int = 0) -> np.random.Generator:
     """The random numbers a task is made from. `attempt` counts tries that fell into the other split."""
     return np.random.default_rng((number, attempt))
@@ -216,6 +225,16 @@ def calls(action: Message, tools: Sequence[Tool]) -> list[Call]:
     """The tool calls of an action, each checked; a problem is told in words that the agent can act on."""
     known = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
     return [_checked(position, call, known) for position, call in enumerate(action.get("tool_calls") or ())]
+
+
+def message_of(name: str, /, **arguments: Any) -> Message:
+    """An assistant message that calls one tool."""
+    function = {"name": name, "arguments": arguments}
+    return {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "call_0", "type": "function", "function": function}],
+    }
 
 
 def _no_number(word: str) -> None:

@@ -18,9 +18,9 @@ from urllib.parse import parse_qs
 
 from playwright.async_api import Page
 
+from clawrl.rollout.env import message_of
 from clawrl.types import Message
 from envs.gui.site import GuiTask, Site
-from envs.gui.tools import message_of
 from envs.toolcall.stock import invented_word
 
 FIELD = "text"

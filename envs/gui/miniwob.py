@@ -20,9 +20,9 @@ from typing import Any
 from playwright.async_api import Page
 
 from clawrl.errors import EnvError
+from clawrl.rollout.env import message_of
 from clawrl.types import Message
 from envs.gui.site import GuiTask, Site
-from envs.gui.tools import message_of
 
 READABLE = """
     book-flight book-flight-nodelay button-delay buy-ticket choose-date choose-date-easy choose-date-medium

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from clawrl.types import Message, Tool
+from clawrl.types import Tool
 
 _TARGET = {"type": "string", "description": 'a ref such as e4, or a role and name such as button "Save"'}
 _POINT = {"type": "string", "description": 'a ref, a role and name, or a point such as "120,80"'}
@@ -41,13 +41,3 @@ TOOLS: tuple[Tool, ...] = (
     tool("click_at", "Click at a point of the window.", ["x", "y"], x=_PIXELS, y=_PIXELS),
     tool("done", "Say that the task is done. The episode ends."),
 )  # fmt: skip
-
-
-def message_of(name: str, **arguments: Any) -> Message:
-    """An assistant message that calls one tool."""
-    function = {"name": name, "arguments": arguments}
-    return {
-        "role": "assistant",
-        "content": None,
-        "tool_calls": [{"id": "call_0", "type": "function", "function": function}],
-    }

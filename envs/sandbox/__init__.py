@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from envs.sandbox.base import Sandbox, Shell, make_folders
+from envs.sandbox.kept import Kept
 from envs.sandbox.opening import BACKENDS, close_run, open_sandbox, reconcile, remove_snapshot
 from envs.sandbox.spec import GIB, MAX_OUTPUT, ExecResult, SandboxSpec
 from envs.sandbox.streams import HeadTail, Process, exchange
@@ -13,6 +14,7 @@ __all__ = [
     "MAX_OUTPUT",
     "ExecResult",
     "HeadTail",
+    "Kept",
     "Process",
     "Sandbox",
     "SandboxSpec",

@@ -77,12 +77,7 @@ class RunningSandbox(Sandbox):
 
     def _exchange(self, command, timeout, env, cwd, stdin, on_output, *, merge) -> tuple[int | None, bool]:
         """Run one command to its end: (exit status, whether it was stopped for time)."""
-        words = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
-        if not words or any("\0" in word for word in words):
-            raise SandboxError(f"command {command!r} is empty or holds a zero byte")
-        if not isinstance(command, str):
-            words = _found_by_shell(words)
-        process = self._start(words, self._variables(env), cwd or self._workdir, merge=merge)
+        process = self._start(_words(command), self._variables(env), cwd or self._workdir, merge=merge)
         deadline = time.monotonic() + (timeout or self.spec.timeout)
         try:
             if exchange(process, stdin, deadline, on_output):
@@ -96,9 +91,7 @@ class RunningSandbox(Sandbox):
             process.close()
 
     def start(self, command: Sequence[str], env: Mapping[str, str] | None = None, *, cwd: str | None = None) -> Process:
-        if not command or any("\0" in word for word in command):
-            raise SandboxError(f"command {command!r} is empty or holds a zero byte")
-        return self._start(_found_by_shell(command), self._variables(env), cwd or self._workdir, merge=False)
+        return self._start(_words(command), self._variables(env), cwd or self._workdir, merge=False)
 
     def _variables(self, env: Mapping[str, str] | None) -> dict[str, str]:
         found = {**self._environment, **(env or {})}
@@ -194,9 +187,12 @@ class RunningSandbox(Sandbox):
                 raise SandboxError(f"workdir {self._workdir} could not be made: {_reason(result)}")
 
 
-def _found_by_shell(command: Sequence[str]) -> list[str]:
-    """A missing program is then exit status 127, as in a shell."""
-    return ["/bin/sh", "-c", 'exec "$@"', "sh", *command]
+def _words(command: str | Sequence[str]) -> list[str]:
+    """What a shell runs it by, so that a missing program is exit status 127. Raises SandboxError for no command."""
+    words = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
+    if not words or any("\0" in word for word in words):
+        raise SandboxError(f"command {command!r} is empty or holds a zero byte")
+    return words if isinstance(command, str) else ["/bin/sh", "-c", 'exec "$@"', "sh", *words]
 
 
 def _reason(result: ExecResult) -> str:

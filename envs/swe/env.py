@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from clawrl.errors import EnvError, SandboxError
-from clawrl.rollout.env import SPLITS, AgentEnv, Answer, Opening, Split, calls, split_of
+from clawrl.rollout.env import AgentEnv, Answer, Opening, Split, calls, message_of, nth_of_split
 from clawrl.types import Message, Tool
-from envs.sandbox import GIB, Sandbox, SandboxSpec, Shell, make_folders, open_sandbox, reconcile
+from envs.sandbox import GIB, Kept, Sandbox, SandboxSpec, Shell, make_folders, reconcile
 from envs.swe.grading import GIT_S, MAX_PATCH, Report, judge
 from envs.swe.image import prepare
 from envs.swe.task import REPO, SweTask, read_tasks
@@ -124,11 +124,7 @@ class SweEnv(AgentEnv[SweTask]):
 
     def make_task(self, number: int, split: Split) -> SweTask:
         """Raises EnvError if there is no task in this split."""
-        found = [task for task in self._tasks if split_of(task.id) == split]
-        if not found:
-            other = next(each for each in SPLITS if each != split)
-            raise EnvError(f"swe: none of the {len(self._tasks)} tasks is in split {split}; use {other}")
-        return found[number % len(found)]
+        return nth_of_split("swe", self._tasks, number, split)
 
     def begin(self, task: SweTask) -> Opening:
         """Raises SandboxError without an image or a backend, EnvError if the image has no repository."""
@@ -222,43 +218,26 @@ class SweEnv(AgentEnv[SweTask]):
 
 
 class Place:
-    """Where one sandbox after the other stands, each as its image has it: reset where it can be, else opened anew."""
+    """Where sandboxes for repositories stand, one after the other, each as its image has it."""
 
     def __init__(self, backend: str, limits: Literal["enforce", "best_effort"], run: str) -> None:
-        self._backend, self._run = backend, run
+        self._kept = Kept(backend, run)
         self._limits: Literal["enforce", "best_effort"] = limits
-        self._sandbox: Sandbox | None = None
 
     def fresh(self, image: str) -> Sandbox:
         spec = SandboxSpec(
             image, 2 * GIB, disk=2 * GIB, timeout=COMMAND_S, limits=self._limits, workdir=REPO,
             env={"PAGER": "cat", "GIT_PAGER": "cat", "TERM": "dumb"},
         )  # fmt: skip
-        if self._sandbox is not None and self._sandbox.spec == spec:
-            with suppress(SandboxError):  # what the last episode broke must not end the next
-                self._sandbox.reset()
-                return self._sandbox
-        self.close()
+        if (sandbox := self._kept.again(spec)) is not None:
+            return sandbox
         prepare(image)
-        self._sandbox = open_sandbox(spec, self._backend, self._run)
-        return self._sandbox
+        return self._kept.open(spec)
 
     def sandbox(self) -> Sandbox:
-        if self._sandbox is None:
+        if self._kept.sandbox is None:
             raise EnvError("swe: there is no sandbox; call reset first")
-        return self._sandbox
+        return self._kept.sandbox
 
     def close(self) -> None:
-        if self._sandbox is not None:
-            self._sandbox.close()
-            self._sandbox = None
-
-
-def message_of(tool: str, **arguments: Any) -> Message:
-    """An assistant message that calls one tool."""
-    function = {"name": tool, "arguments": arguments}
-    return {
-        "role": "assistant",
-        "content": None,
-        "tool_calls": [{"id": "call_0", "type": "function", "function": function}],
-    }
+        self._kept.close()

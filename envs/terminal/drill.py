@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from clawrl.rollout.env import Split
+from clawrl.rollout.env import Split, message_of
 from clawrl.types import Message, Tool
-from envs.terminal.env import TerminalEnv, message_of, tool
+from envs.terminal.env import TerminalEnv, tool
 from envs.terminal.task import TerminalTask
 from envs.terminal.tasks.drills import make_drill
 

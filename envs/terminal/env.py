@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from clawrl.errors import EnvError, SandboxError
-from clawrl.rollout.env import SPLITS, AgentEnv, Answer, Call, Opening, Split, calls, split_of
+from clawrl.rollout.env import AgentEnv, Answer, Call, Opening, Split, calls, message_of, nth_of_split
 from clawrl.types import Message, Tool
-from envs.sandbox import ExecResult, Sandbox, SandboxSpec, Shell, make_folders, open_sandbox, reconcile
+from envs.sandbox import ExecResult, Kept, Sandbox, SandboxSpec, Shell, make_folders, reconcile
 from envs.terminal.folders import read_tasks
 from envs.terminal.task import REWARD, REWARD_JSON, TerminalTask, pass_rate_of, reward_of
 from envs.terminal.tasks import make_own_task
@@ -84,9 +84,8 @@ class TerminalEnv(AgentEnv[TerminalTask]):
     ) -> None:
         super().__init__()
         self._folder_tasks = None if folder is None else read_tasks(Path(folder))
-        self._backend, self._run_label = backend, run
         self._limits: Literal["enforce", "best_effort"] = limits
-        self._sandbox: Sandbox | None = None
+        self._kept = Kept(backend, run)
         self._shell: Shell | None = None
         self._folder = "/"
 
@@ -94,16 +93,11 @@ class TerminalEnv(AgentEnv[TerminalTask]):
         """Raises EnvError if the folder has no task in this split."""
         if self._folder_tasks is None:
             return make_own_task(number, split)
-        found = [task for task in self._folder_tasks if split_of(task.id) == split]
-        if not found:
-            other = next(each for each in SPLITS if each != split)
-            raise EnvError(f"terminal: none of the {len(self._folder_tasks)} tasks is in split {split}; use {other}")
-        return found[number % len(found)]
+        return nth_of_split("terminal", self._folder_tasks, number, split)
 
     def begin(self, task: TerminalTask) -> Opening:
         """Raises SandboxError without an image or a backend, EnvError if the task's own set-up fails."""
-        self._fresh_sandbox(task)
-        sandbox = self._open()
+        sandbox = self._fresh_sandbox(task)
         if task.files:
             sandbox.put(task.files)
         if task.setup:
@@ -164,9 +158,7 @@ class TerminalEnv(AgentEnv[TerminalTask]):
 
     def close(self) -> None:
         self._close_shell()
-        if self._sandbox is not None:
-            self._sandbox.close()
-            self._sandbox = None
+        self._kept.close()
 
     # -- the tools ---------------------------------------------------------------------------------------------------
 
@@ -207,7 +199,7 @@ class TerminalEnv(AgentEnv[TerminalTask]):
 
     # -- the sandbox -------------------------------------------------------------------------------------------------
 
-    def _fresh_sandbox(self, task: TerminalTask) -> None:
+    def _fresh_sandbox(self, task: TerminalTask) -> Sandbox:
         """The sandbox there is, back at its image, if the task asks for the same one; else a new one."""
         spec = SandboxSpec(
             image=task.image,
@@ -220,19 +212,12 @@ class TerminalEnv(AgentEnv[TerminalTask]):
             workdir=task.workdir,
         )
         self._close_shell()
-        if self._sandbox is not None and self._sandbox.spec == spec:
-            try:
-                self._sandbox.reset()
-                return
-            except SandboxError:  # what the last episode broke must not end the next
-                pass
-        self.close()
-        self._sandbox = open_sandbox(spec, self._backend, self._run_label)
+        return self._kept.again(spec) or self._kept.open(spec)
 
     def _open(self) -> Sandbox:
-        if self._sandbox is None:
+        if self._kept.sandbox is None:
             raise EnvError("terminal: there is no sandbox; call reset first")
-        return self._sandbox
+        return self._kept.sandbox
 
     def _task(self) -> TerminalTask:
         if self.task is None:
@@ -252,16 +237,6 @@ class TerminalEnv(AgentEnv[TerminalTask]):
             with suppress(SandboxError):
                 self._shell.close()
             self._shell = None
-
-
-def message_of(tool: str, **arguments: Any) -> Message:
-    """An assistant message that calls one tool."""
-    function = {"name": tool, "arguments": arguments}
-    return {
-        "role": "assistant",
-        "content": None,
-        "tool_calls": [{"id": "call_0", "type": "function", "function": function}],
-    }
 
 
 def _content(content: bytes | Path) -> str:

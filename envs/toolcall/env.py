@@ -11,9 +11,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from clawrl.rollout.env import AgentEnv, Answer, Opening, Split, Task, calls, split_of
+from clawrl.rollout.env import AgentEnv, Answer, Opening, Split, Task, calls, message_of, split_of
 from clawrl.types import Message
 from envs.toolcall.stock import INVENTED_SHARE, TOOLS, ToolTask, make_task, run_tool, solved
 
@@ -75,13 +74,3 @@ class ToolCallEnv(AgentEnv[StockTask]):
             message_of("calc", expression=f"{a} {stock.sign} {b}"),
             {"role": "assistant", "content": f"{stock.answer} {stock.item}."},
         ]
-
-
-def message_of(name: str, /, **arguments: Any) -> Message:
-    """An assistant message that calls one tool."""
-    function = {"name": name, "arguments": arguments}
-    return {
-        "role": "assistant",
-        "content": None,
-        "tool_calls": [{"id": "call_0", "type": "function", "function": function}],
-    }

@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from clawrl.errors import EnvError, SandboxError
-from clawrl.rollout.env import SPLITS, AgentEnv, Answer, Call, Opening, Split, Task, calls, split_of
+from clawrl.errors import EnvError
+from clawrl.rollout.env import AgentEnv, Answer, Call, Opening, Split, Task, calls, message_of, nth_of_split
 from clawrl.types import Message
-from envs.sandbox import GIB, Sandbox, SandboxSpec, open_sandbox, reconcile
-from envs.toolcall.env import message_of
+from envs.sandbox import GIB, Kept, Sandbox, SandboxSpec, reconcile
 from envs.toolcall.image import python_image
 from envs.toolcall.inventory.tasks import make_asked
 from envs.toolcall.servers import Server, described, offer, read_specs
@@ -85,9 +84,9 @@ class McpEnv(AgentEnv[McpTask]):
         self._files = {path: Path(source) for path, source in (files or {}).items()} | (OWN_FILES if own else {})
         self._packages, self._image = ("mcp", *packages), image
         self._seconds = (start_seconds, call_seconds)
-        self._memory, self._backend, self._run_label = memory, backend, run
+        self._memory = memory
         self._limits: Literal["enforce", "best_effort"] = limits
-        self._sandbox: Sandbox | None = None
+        self._kept = Kept(backend, run)
         self._servers: list[Server] = []
         self._offered: dict[str, tuple[Server, Any]] = {}
 
@@ -97,11 +96,7 @@ class McpEnv(AgentEnv[McpTask]):
             asked = make_asked(number, split)
             world = {WORLD: json.dumps(asked.world).encode()}
             return McpTask(asked.id, asked.instruction, world, {WORLD: asked.wanted}, asked.solution)
-        found = [task for task in self._tasks if split_of(task.id) == split]
-        if not found:
-            other = next(each for each in SPLITS if each != split)
-            raise EnvError(f"mcp: none of the {len(self._tasks)} tasks is in split {split}; use {other}")
-        return found[number % len(found)]
+        return nth_of_split("mcp", self._tasks, number, split)
 
     def begin(self, task: McpTask) -> Opening:
         """Raises EnvError if a server does not start, SandboxError without an image or a backend."""
@@ -133,10 +128,11 @@ class McpEnv(AgentEnv[McpTask]):
 
     def grade(self) -> float:
         """Raises SandboxError if the sandbox itself is gone."""
-        if self.task is None or self._sandbox is None:
+        sandbox = self._kept.sandbox
+        if self.task is None or sandbox is None:
             raise EnvError("mcp: there is no task; call reset first")
         self._stop_servers()
-        return 1.0 if all(_holds(self._sandbox, *each) for each in self.task.wanted.items()) else -1.0
+        return 1.0 if all(_holds(sandbox, *each) for each in self.task.wanted.items()) else -1.0
 
     def gold(self, task: McpTask) -> Sequence[Message]:
         """Raises EnvError for a task without a solution."""
@@ -151,9 +147,7 @@ class McpEnv(AgentEnv[McpTask]):
 
     def close(self) -> None:
         self._stop_servers()
-        if self._sandbox is not None:
-            self._sandbox.close()
-            self._sandbox = None
+        self._kept.close()
 
     def _stop_servers(self) -> None:
         self._offered = {}
@@ -163,16 +157,10 @@ class McpEnv(AgentEnv[McpTask]):
     def _fresh_sandbox(self) -> Sandbox:
         """The one there is, back at its image, or a new one."""
         self._stop_servers()
-        if self._sandbox is not None:
-            try:
-                self._sandbox.reset()
-                return self._sandbox
-            except SandboxError:  # what the last episode broke must not end the next
-                self.close()
+        if (sandbox := self._kept.again()) is not None:
+            return sandbox
         image = self._image or python_image(self._packages)
-        spec = SandboxSpec(image=image, memory=self._memory, limits=self._limits)
-        self._sandbox = open_sandbox(spec, self._backend, self._run_label)
-        return self._sandbox
+        return self._kept.open(SandboxSpec(image=image, memory=self._memory, limits=self._limits))
 
 
 def _holds(sandbox: Sandbox, path: str, wanted: Any) -> bool:

@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from clawrl.errors import EnvError, SandboxError
-from clawrl.rollout.env import AgentEnv, Answer, Opening, Split, calls, split_of
+from clawrl.errors import EnvError
+from clawrl.rollout.env import AgentEnv, Answer, Opening, Split, calls, message_of, split_of
 from clawrl.types import Message, Tool
-from envs.sandbox import GIB, Sandbox, SandboxSpec, open_sandbox, reconcile
-from envs.toolcall.env import message_of
+from envs.sandbox import GIB, Kept, Sandbox, SandboxSpec, reconcile
 from envs.toolcall.image import python_image
 from envs.toolcall.interpreter import Interpreter
 from envs.toolcall.problems import DATASETS, INTEGERS, Problem, check_sources, make_problem, read_problems
@@ -74,9 +73,9 @@ class PythonEnv(AgentEnv[Problem]):
         if self._problems is None:
             check_sources(self._sources)
         self._packages, self._image, self._memory = tuple(packages), image, memory
-        self._seconds, self._backend, self._run_label = cell_seconds, backend, run
+        self._seconds = cell_seconds
         self._limits: Literal["enforce", "best_effort"] = limits
-        self._sandbox: Sandbox | None = None
+        self._kept = Kept(backend, run)
         self._interpreter: Interpreter | None = None
         self._answer: str | None = None
 
@@ -132,9 +131,7 @@ class PythonEnv(AgentEnv[Problem]):
 
     def close(self) -> None:
         self._stop()
-        if self._sandbox is not None:
-            self._sandbox.close()
-            self._sandbox = None
+        self._kept.close()
 
     def _stop(self) -> None:
         if self._interpreter is not None:
@@ -144,13 +141,7 @@ class PythonEnv(AgentEnv[Problem]):
     def _fresh_sandbox(self) -> Sandbox:
         """The one there is, back at its image, or a new one."""
         self._stop()
-        if self._sandbox is not None:
-            try:
-                self._sandbox.reset()
-                return self._sandbox
-            except SandboxError:  # what the last episode broke must not end the next
-                self.close()
+        if (sandbox := self._kept.again()) is not None:
+            return sandbox
         image = self._image or python_image(self._packages)
-        spec = SandboxSpec(image=image, memory=self._memory + GIB // 4, disk=DISK, limits=self._limits)
-        self._sandbox = open_sandbox(spec, self._backend, self._run_label)
-        return self._sandbox
+        return self._kept.open(SandboxSpec(image=image, memory=self._memory + GIB // 4, disk=DISK, limits=self._limits))

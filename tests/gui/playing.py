@@ -5,8 +5,8 @@ from typing import Any
 
 import psutil
 
+from clawrl.rollout.env import message_of
 from envs.gui.env import GuiEnv
-from envs.gui.tools import message_of
 
 
 def browsers() -> list[psutil.Process]:

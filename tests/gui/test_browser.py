@@ -14,12 +14,12 @@ import pytest
 from playing import browsers, played, said
 
 from clawrl.errors import EnvError
+from clawrl.rollout.env import message_of
 from envs.gui import browser as walls
 from envs.gui.browser import Browser, find_browser
 from envs.gui.env import GuiEnv
 from envs.gui.site import Site
 from envs.gui.tab import open_tab
-from envs.gui.tools import message_of
 
 pytestmark = pytest.mark.gui
 

@@ -6,9 +6,10 @@ import re
 import pytest
 from playing import said
 
+from clawrl.rollout.env import message_of
 from clawrl.types import Message
 from envs.gui.env import NO_CALL, GuiEnv
-from envs.gui.tools import TOOLS, message_of
+from envs.gui.tools import TOOLS
 
 pytestmark = pytest.mark.gui
 

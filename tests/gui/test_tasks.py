@@ -14,7 +14,7 @@ from playing import played, said
 from clawrl.errors import EnvError
 from clawrl.rollout.agent import Caller, Limits, run_episode
 from clawrl.rollout.attempt import Attempt
-from clawrl.rollout.env import SPLITS, split_of
+from clawrl.rollout.env import SPLITS, message_of, split_of
 from clawrl.types import Episode, Message
 from envs.gui.env import GuiEnv
 from envs.gui.miniwob import READABLE, SEEN_ONLY, SOLUTIONS, MiniWob
@@ -22,7 +22,6 @@ from envs.gui.shop.tasks import FAMILIES
 from envs.gui.shop.world import World, contents, make_rows, verdict
 from envs.gui.tab import open_tab
 from envs.gui.tasks import MAKERS, make_gui_task, named
-from envs.gui.tools import message_of
 
 pytestmark = pytest.mark.gui
 OWN = [name for name in MAKERS if name.startswith("own/")]

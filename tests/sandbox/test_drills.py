@@ -7,10 +7,9 @@ import gymnasium
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from clawrl.rollout.env import SPLITS, Split
+from clawrl.rollout.env import SPLITS, Split, message_of
 from clawrl.types import Message
 from envs.terminal.drill import DrillEnv
-from envs.terminal.env import message_of
 from envs.terminal.tasks.drills import KINDS, Drill, words
 from envs.terminal.tasks.family import Made, as_task
 from jobs.tiny_model.shell import WRONG, right_steps

@@ -16,9 +16,8 @@ from conftest import lacking
 from gymnasium.utils.env_checker import check_env
 
 from clawrl.errors import EnvError
-from clawrl.rollout.env import split_of
+from clawrl.rollout.env import message_of, split_of
 from envs.sandbox.mapped import missing
-from envs.toolcall.env import message_of
 from envs.toolcall.mcp_env import McpEnv
 
 pytestmark = pytest.mark.sandbox

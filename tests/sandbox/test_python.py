@@ -11,8 +11,8 @@ from conftest import lacking
 from gymnasium.utils.env_checker import check_env
 
 from clawrl.errors import EnvError
+from clawrl.rollout.env import message_of
 from envs.sandbox.mapped import missing
-from envs.toolcall.env import message_of
 from envs.toolcall.python_env import NEITHER, PythonEnv
 
 pytestmark = pytest.mark.sandbox

@@ -18,10 +18,10 @@ from gymnasium.utils.env_checker import check_env
 
 from clawrl.errors import EnvError
 from clawrl.rollout.agent import Limits
-from clawrl.rollout.env import SPLITS
+from clawrl.rollout.env import SPLITS, message_of
 from envs.sandbox.mapped import missing
 from envs.swe.building import Draft, NoTask, build
-from envs.swe.env import OWN_TASKS, Place, SweEnv, message_of
+from envs.swe.env import OWN_TASKS, Place, SweEnv
 
 pytestmark = pytest.mark.sandbox
 

@@ -17,8 +17,8 @@ from gymnasium.utils.env_checker import check_env
 
 from clawrl.cli import main
 from clawrl.errors import EnvError, SandboxError
-from clawrl.rollout.env import SPLITS, Split, split_of
-from envs.terminal.env import TerminalEnv, message_of
+from clawrl.rollout.env import SPLITS, Split, message_of, split_of
+from envs.terminal.env import TerminalEnv
 from envs.terminal.task import TerminalTask
 from envs.terminal.tasks import FAMILIES, make_own_task
 

@@ -8,8 +8,8 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from clawrl.errors import EnvError
+from clawrl.rollout.env import message_of
 from envs.toolcall.bfcl import BfclEnv, checker, read_category
-from envs.toolcall.env import message_of
 
 if importlib.util.find_spec("bfcl_eval") is None:
     pytest.skip("bfcl-eval is not installed (pip install --no-deps bfcl-eval==2026.3.23)", allow_module_level=True)

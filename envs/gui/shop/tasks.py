@@ -15,6 +15,7 @@ from functools import partial
 
 from playwright.async_api import Page
 
+from clawrl.rollout.env import message_of
 from clawrl.types import Message
 from envs.gui.shop.app import DAYS, Shop, money
 from envs.gui.shop.world import (
@@ -31,7 +32,6 @@ from envs.gui.shop.world import (
     verdict,
 )
 from envs.gui.site import GuiTask, Site
-from envs.gui.tools import message_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,5 +174,5 @@ async def test_what_outlives_a_process_carries_the_machines_label(monkeypatch):
         settings = PoolSection(name="terminal", env="envs:clawrl/Terminal-v0", options=options)
         remove_leftovers(settings)
         env: Any = make_env(settings).unwrapped
-        assert env._run_label == asked[-1]
+        assert env._kept.run == asked[-1]
     assert asked == [worker.label(PoolSection(name="x", env="x")), "mine"]

@@ -1,6 +1,6 @@
 """A pool of environments: groups of attempts at tasks, made as fast as the trainer takes their samples.
 
-    buffer: how much waits? ─► a group of G attempts ─► a seat each (`crew`) ─► worker: run_episode ─► journal: Episode
+    buffer: how much waits? ─► a group of G attempts ─► a seat each (`crew`) ─► its worker (`post`) ─► journal: Episode
                                                           │ the worker died          └─► gateway: its turns
                                                           └─► "lost", and another worker makes the attempt again
 
@@ -22,7 +22,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.exceptions import RayActorError
 
 from clawrl.config import PoolSection
 from clawrl.observe import metric
@@ -173,7 +173,7 @@ class Pool:
         lease = asyncio.timeout(lease_s(self._settings))
         try:
             async with lease:
-                return await _ask(worker, attempt)
+                return await worker.post.make(attempt)
         except (RayActorError, TimeoutError) as error:
             self._crew.lose(worker, type(error).__name__)
             reason = "its worker died" if not lease.expired() else "its worker did not end it in time"
@@ -210,12 +210,3 @@ class Pool:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("event=defect pool=%s", self._settings.name, exc_info=error)
-
-
-async def _ask(worker: Worker, attempt: Attempt) -> Episode:
-    """The episode; asked for again, by the same name, where the network did not bring the answer."""
-    while True:
-        try:
-            return await worker.actor.run.remote(attempt)
-        except ActorUnavailableError:
-            await asyncio.sleep(RETRY_S)

@@ -36,7 +36,7 @@ from clawrl.rollout.agent import run_episode
 from clawrl.rollout.attempt import Attempt
 from clawrl.rollout.collector import Collector
 from clawrl.rollout.pool import Pool
-from clawrl.rollout.worker import EnvWorker, caller_of, limits_of, make_env
+from clawrl.rollout.worker import CALLS, EnvWorker, caller_of, limits_of, make_env
 from clawrl.training.buffer import ReplayBuffer
 from jobs.bench.figures import Figure, median_ratio, spread, table
 from jobs.bench.programs import PATIENCE_S, program
@@ -150,7 +150,7 @@ def _gold(settings: PoolSection) -> Callable[[], Any]:
 
 def _start(kind: type, settings: PoolSection, *given: Any) -> Any:
     worker: Any = ray.remote(kind)
-    return worker.options(num_cpus=0, max_concurrency=settings.places + 16).remote(settings, *given)
+    return worker.options(num_cpus=0, max_concurrency=CALLS).remote(settings, *given)
 
 
 # -- what the pool costs -----------------------------------------------------------------------------------------------

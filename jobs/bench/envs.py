@@ -49,6 +49,7 @@ CROWD_WORKERS = 4
 MOST = 64
 ENOUGH = 1.1
 """More environments at a time are tried until they bring less than this times the steps per second."""
+END_S = 10.0
 OPTIONS = {"clawrl/Terminal-v0": {"limits": "best_effort"}}
 
 
@@ -312,5 +313,16 @@ def _leaks(here: Stage, url: str, episodes: int) -> list[Figure]:
         Figure(f"{name}: files more", after.files - before.files, at_most=2),
         Figure(f"{name}: mounts more", after.mounts - mounts, at_most=0),
         Figure(f"{name}: memory, of before", after.mib / before.mib, at_most=1.05),
-        Figure(f"{name}: processes left", float(psutil.pid_exists(pid)), at_most=0),
+        Figure(f"{name}: processes left", float(not _gone(pid)), at_most=0),
     ]
+
+
+def _gone(pid: int) -> bool:
+    """Whether a process that was told to end has ended."""
+    try:
+        psutil.Process(pid).wait(END_S)
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.TimeoutExpired:
+        return False
+    return True

@@ -89,6 +89,19 @@ async def test_a_rewritten_history_in_a_named_session(tmp_path):
         assert third not in [turn for turn, _ in followed(clawrl)], "what answers another's reply is no next state"
 
 
+async def test_a_history_rewritten_in_its_midst(tmp_path):
+    """Old images are left out of long conversations: what was before them is known, and the last reply all the same."""
+    async with door(tmp_path) as clawrl:
+        talk: list = []
+        first = await say(clawrl, talk, "one", x_session_id="s")
+        second = await say(clawrl, talk, "two, with an image", x_session_id="s")
+        trimmed = [*talk[:2], {"role": "user", "content": "two, [an earlier image]"}, talk[-1]]
+        third = await say(clawrl, trimmed, "three", x_session_id="s")
+        rows = {row["id"]: row for row in turns(clawrl)}
+        assert (rows[third]["parent"], rows[third]["index"]) == (second, 2)
+        assert followed(clawrl) == [(first, False), (second, False)]
+
+
 async def test_replies_of_others_in_between(tmp_path):
     async with door(tmp_path) as clawrl:
         talk: list = []

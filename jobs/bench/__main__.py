@@ -61,6 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     swap.add_argument("--swaps", type=int, default=20)
     swap.add_argument("--streams", type=int, default=8)
     swap.add_argument("--tokens", type=int, default=512, help="tokens of each reply (default: %(default)s)")
+    feedback = verbs.add_parser(
+        "feedback", help="from a correction to the first reply by a version that learnt from it"
+    )
+    feedback.add_argument("--corrections", type=int, default=10, help="one after the other (default: %(default)s)")
     train = verbs.add_parser("train", help="trainer against a plain PyTorch loop with as many threads")
     train.add_argument("--steps", type=int, default=12)
     memory = verbs.add_parser("memory", help="memory of the whole system while it serves, judges and trains")
@@ -79,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     envs.add_argument("--seconds", type=float, default=8.0, help="each rate is watched so long (default: %(default)s)")
     envs.add_argument("--crowd", type=int, default=1024, help="simulated environments (default: %(default)s)")
     envs.add_argument("--episodes", type=int, default=10_000, help="to look for leaks after (default: %(default)s)")
-    for verb in (serving, clients, swap, train, memory, journal, sandbox, envs):
+    for verb in (serving, clients, feedback, swap, train, memory, journal, sandbox, envs):
         verb.add_argument("--json", metavar="FILE", help="write the figures there too")
         verb.add_argument("--config", metavar="FILE", help="TOML file (default: the embedded CPU configuration)")
         verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
@@ -101,6 +105,10 @@ def _run(options: argparse.Namespace, config: Config) -> tuple[list[figures.Figu
         from jobs.bench.swap import measure as swap
 
         return swap(config, swaps=options.swaps, streams=options.streams, num_tokens=options.tokens)
+    if options.verb == "feedback":
+        from jobs.bench.feedback import measure as feedback
+
+        return feedback(config, corrections=options.corrections)
     if options.verb == "train":
         from jobs.bench.train import measure as train
 

@@ -4,6 +4,8 @@
     vllm:     client ─HTTP─► vLLM's own server ─► engine
     litellm:  client ─HTTP─► LiteLLM's proxy ─HTTP─► vLLM's own server ─► engine
 
+Then, apart from these, how a request finds its session among many (`sessions`).
+
 All stand on this machine at once, and are asked one after the other, round by round, in an order that turns round; who
 is not asked has nothing to do. Added times and ratios are medians of pairs of a round. LiteLLM lives in a virtual
 environment of its own under the run root, made once.
@@ -24,7 +26,7 @@ from typing import Any
 
 from clawrl.config import Config
 from clawrl.errors import ClawrlError
-from jobs.bench import client
+from jobs.bench import client, sessions
 from jobs.bench.figures import Figure, Stream, median_ratio, percentile, spread, throughput
 from jobs.bench.programs import program
 from jobs.bench.serving import conversations, require_whole
@@ -47,7 +49,9 @@ def measure(
         if litellm:
             urls["litellm"] = servers.enter_context(_litellm(Path(config.run_root).resolve(), bare))
         urls["clawrl"] = servers.enter_context(stage(config)).url
-        return asyncio.run(_measure(urls, rounds, num_tokens, in_turn))
+        figures, details = asyncio.run(_measure(urls, rounds, num_tokens, in_turn))
+    found, spent = sessions.measure()
+    return [*figures, *found], {**details, **spent}
 
 
 @contextmanager

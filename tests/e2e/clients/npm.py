@@ -114,7 +114,7 @@ class OpenClaw:
     def _program(self) -> list[str]:
         return ["node", str(self._npm.modules / "openclaw" / "openclaw.mjs")]
 
-    def run(self, *arguments: str, timeout_s: float = 180) -> str:
+    def run(self, *arguments: str, timeout_s: float = 400) -> str:
         """What `openclaw ...` prints; it must succeed."""
         ended = subprocess.run(
             [*self._program, *arguments],

@@ -178,9 +178,19 @@ class LearningSection(Section):
 
 class BufferSection(Section):
     batch_size: int = Field(default=32, ge=1, description="Samples per optimizer step.")
+    min_batch: int | None = Field(
+        default=None, ge=1, description="As few are a batch too, once the oldest has waited max_wait_s. Unset: never."
+    )
+    max_wait_s: float = Field(default=10.0, ge=0, description="How long, while no batch is full.")
     max_lag: int = Field(
         default=4, ge=1, le=1000, description="Samples more versions old than this are dropped and counted."
     )
+
+    @model_validator(mode="after")
+    def _smaller(self) -> BufferSection:
+        if self.min_batch is not None and self.min_batch > self.batch_size:
+            raise ValueError(f"min_batch={self.min_batch} is above batch_size={self.batch_size}; lower it")
+        return self
 
 
 class TrainerSection(Section):

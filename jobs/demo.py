@@ -91,9 +91,8 @@ def _run(config: Config, screen: Screen) -> report.Report:
     with screen:
         from clawrl.main import System  # torch and Ray take seconds to load
 
-        system = System.start(config, screen.say)
-        # Ray has put its own handler of SIGTERM in place; ours takes the same way out as Ctrl-C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        system = System.start(config, screen.say)
         try:
             screen.run_directory = system.run_directory
             evidence = asyncio.run(_demonstrate(config, system, screen))

@@ -25,6 +25,7 @@ from ray.exceptions import ActorUnavailableError, RayError
 from clawrl.config import PoolSection
 from clawrl.observe import metric
 from clawrl.rollout.attempt import CLOSE_S, Health
+from clawrl.rollout.post import Post
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class Worker:
     """One of the crew. `load`: attempts that have a seat on it."""
 
     actor: Any
+    post: Post
     up: bool = False
     leaving: bool = False
     load: int = 0
@@ -120,7 +122,8 @@ class Crew:
         self._changed.set()
 
     def _start(self) -> None:
-        worker = Worker(self._start_worker())
+        actor = self._start_worker()
+        worker = Worker(actor, Post(actor))
         self._workers.add(worker)
         worker.watching = asyncio.create_task(self._watch(worker))
 

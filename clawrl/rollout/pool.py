@@ -1,6 +1,6 @@
 """A pool of environments: groups of attempts at tasks, made as fast as the trainer takes their samples.
 
-    buffer: how much waits? ─► a group of G attempts ─► a seat each (`crew`) ─► worker: run_episode ─► journal: Episode
+    buffer: how much waits? ─► a group of G attempts ─► a seat each (`crew`) ─► its worker (`post`) ─► journal: Episode
                                                           │ the worker died          └─► gateway: its turns
                                                           └─► "lost", and another worker makes the attempt again
 
@@ -22,7 +22,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.exceptions import RayActorError
 
 from clawrl.config import PoolSection
 from clawrl.observe import metric
@@ -38,7 +38,9 @@ ATTEMPTS = 3
 """So often an attempt is made whose worker dies."""
 PAUSE_S = 60.0
 UNCOMPARED = 8
-"""Groups that have ended and wait for the judge or the collector; no more begin while there are so many."""
+"""Groups that have ended and wait for the judge or the collector; no more begin while there are so many, or as many as
+act side by side where that is more.
+"""
 GRACE_S = 30.0
 """Beyond what its own limits allow, after which an attempt's worker is taken for hung."""
 
@@ -64,6 +66,8 @@ class Pool:
     ) -> None:
         self._settings, self._journal, self._buffer = settings, journal, buffer
         self._most_waiting = settings.batches_ahead * batch_size
+        self._most_uncompared = max(UNCOMPARED, settings.max_envs // settings.group_size)
+        self._credited = 0.0  # until when groups may begin without asking again
         self._order = order_of(settings)
         self._crew = Crew(settings, start_worker)
         self._counts: Counter[str] = Counter()
@@ -123,12 +127,13 @@ class Pool:
         """Wait until the trainer needs more: what it cannot take in time would be too old for it. So would be what
         waits to be compared.
         """
-        while True:
+        while time.monotonic() > self._credited:
             try:
                 stats = await self._buffer.stats.remote()
                 if stats["size"] < self._most_waiting:
-                    waiting = await self._journal.groups_to_compare.remote(0, UNCOMPARED, 0.0)
-                    if len(waiting) < UNCOMPARED:
+                    waiting = await self._journal.groups_to_compare.remote(0, self._most_uncompared, 0.0)
+                    if len(waiting) < self._most_uncompared:
+                        self._credited = time.monotonic() + CREDIT_S
                         return
             except Exception as error:
                 log.warning("event=buffer_unreachable error=%s retry_s=%g", type(error).__name__, RETRY_S)
@@ -168,7 +173,7 @@ class Pool:
         lease = asyncio.timeout(lease_s(self._settings))
         try:
             async with lease:
-                return await _ask(worker, attempt)
+                return await worker.post.make(attempt)
         except (RayActorError, TimeoutError) as error:
             self._crew.lose(worker, type(error).__name__)
             reason = "its worker died" if not lease.expired() else "its worker did not end it in time"
@@ -205,12 +210,3 @@ class Pool:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("event=defect pool=%s", self._settings.name, exc_info=error)
-
-
-async def _ask(worker: Worker, attempt: Attempt) -> Episode:
-    """The episode; asked for again, by the same name, where the network did not bring the answer."""
-    while True:
-        try:
-            return await worker.actor.run.remote(attempt)
-        except ActorUnavailableError:
-            await asyncio.sleep(RETRY_S)

@@ -1,9 +1,10 @@
 """A worker of a pool: one process that holds environments, and makes the attempts that it is asked for.
 
-    run(attempt) ─► a room (environment + its thread): idle, or a new one ─► reset ─► a place ─► turns ─► Episode
+    begin(attempts) ─► each: a room (environment + its thread), idle or a new one ─► reset ─► a place ─► turns ─┐
+    ended(taken)    ◄──────────────────────────────────────────────────────────────────────────── Episode ◄──┘
 
 Knows how environments are made, called and closed. Ignores groups, other workers and the journal. An attempt's session
-names it: asked for twice, it is made once. A call that hangs keeps its room and no other; such a worker says so in
+names it: begun twice, it is made once. A call that hangs keeps its room and no other; such a worker says so in
 `ping`, and is replaced when its other attempts have ended.
 """
 
@@ -16,7 +17,9 @@ import os
 import socket
 import time
 import uuid
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import gymnasium
@@ -36,8 +39,11 @@ KEY = "CLAWRL_API_KEY"
 """The environment variable with the pools' API key, where the gateway asks for one."""
 KEPT = 1024
 """So many attempts are remembered, lest one is made again whose end did not reach the pool."""
-OTHER_CALLS = 16
-"""So many calls are answered beside attempts."""
+CALLS = 16
+"""So many are answered at a time: attempts are not calls."""
+POLL_S = 10.0
+GATHER_S = 0.1
+"""So long who asks for what has ended waits for more, while others are under way."""
 
 
 def limits_of(settings: PoolSection) -> Limits:
@@ -114,7 +120,7 @@ def start_worker(settings: PoolSection, url: str, model: str, key: str, namespac
     return worker.options(
         name=f"{namespace}-pool-{settings.name}-{uuid.uuid4().hex[:6]}",
         num_cpus=settings.cpus_per_worker,
-        max_concurrency=settings.places + settings.spares + OTHER_CALLS,
+        max_concurrency=CALLS,
         **placement,
     ).remote(settings, url, model, key)
 
@@ -161,6 +167,8 @@ class EnvWorker:
         self._places = asyncio.Semaphore(settings.places)
         self._idle: list[Room] = []
         self._attempts: dict[str, asyncio.Task[Episode]] = {}  # oldest first
+        self._ended: dict[str, Episode] = {}  # and were not taken yet
+        self._some_ended = asyncio.Event()
         self._closing: dict[asyncio.Task[None], float] = {}  # since when
         self._rooms = 0
         try:
@@ -168,13 +176,32 @@ class EnvWorker:
         except EnvError as error:
             log.warning("event=leftovers error=%s", error)
 
-    async def run(self, attempt: Attempt) -> Episode:
-        """The attempt's end; the same attempt asked for again is not made again."""
-        task = self._attempts.get(attempt.session)
-        if task is None:
-            task = self._attempts[attempt.session] = asyncio.create_task(self._run(attempt))
-            self._forget()
-        return await asyncio.shield(task)
+    async def begin(self, *attempts: Attempt) -> None:
+        """Returns at once. An attempt that was begun before is not made again."""
+        for attempt in attempts:
+            if attempt.session not in self._attempts:
+                task = self._attempts[attempt.session] = asyncio.create_task(self._run(attempt))
+                task.add_done_callback(self._take_note)
+        self._forget()
+
+    async def ended(self, taken: Sequence[str]) -> list[Episode]:
+        """Attempts that have ended, without those `taken` before; [] if none has within POLL_S."""
+        for session in taken:
+            self._ended.pop(session, None)
+        if not self._ended:
+            self._some_ended.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(POLL_S):
+                await self._some_ended.wait()
+                if not all(task.done() for task in self._attempts.values()):
+                    await asyncio.sleep(GATHER_S)
+        return list(self._ended.values())
+
+    def _take_note(self, task: asyncio.Task[Episode]) -> None:
+        if not task.cancelled():
+            episode = task.result()
+            self._ended[episode.session] = episode
+            self._some_ended.set()
 
     async def ping(self) -> Health:
         late = time.monotonic() - self._settings.max_close_seconds
@@ -187,6 +214,7 @@ class EnvWorker:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._some_ended.set()
         while self._idle:
             self._leave(self._idle.pop())
         if self._closing:

@@ -298,36 +298,13 @@ async def start_engine(
 
     Raises PolicyError naming the model when vLLM cannot load it.
     """
-    _set_environment(settings)
+    arguments = engine_arguments(settings, weight_transfer=weight_transfer)
     from vllm import SamplingParams
-    from vllm.config import StructuredOutputsConfig
-    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
     from clawrl.serving.scheduler import CapturingScheduler
-    from clawrl.serving.weight_transfer import BACKEND
 
-    path = model_path(settings.model)
-    arguments = AsyncEngineArgs(
-        model=path,
-        dtype=settings.dtype,
-        max_model_len=settings.max_model_len,
-        max_num_seqs=settings.max_num_seqs,
-        tensor_parallel_size=max(1, int(settings.gpus_per_replica)),
-        # On a CPU vLLM gives the one worker a process of its own, and both spin while they wait for each other. A class
-        # is not overruled so; vLLM's reason, the OpenMP settings, are in the environment already.
-        scheduler_cls=CapturingScheduler,
-        distributed_executor_backend=UniProcExecutor if settings.gpus_per_replica == 0 else None,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
-        kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30) if settings.gpus_per_replica == 0 else None,
-        enforce_eager=settings.enforce_eager,
-        disable_log_stats=True,
-        max_logprobs=128,
-        # JSON without free white space: a schema allows it without end, and small models then write nothing else.
-        structured_outputs_config=StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True),
-        weight_transfer_config={"backend": BACKEND} if weight_transfer else None,  # type: ignore[arg-type]
-    )
+    arguments.scheduler_cls = CapturingScheduler
     try:
         llm = AsyncLLM.from_engine_args(arguments)
     except Exception as error:
@@ -339,6 +316,35 @@ async def start_engine(
         pass
     await asyncio.gather(*(engine.score([1, 2], [3, 4], top) for top in (0, support)))
     return engine
+
+
+def engine_arguments(settings: EngineSection, *, weight_transfer: bool = False) -> Any:
+    """vLLM's `AsyncEngineArgs` of a section; the environment is made as vLLM wants it, before it is imported."""
+    _set_environment(settings)
+    from vllm.config import StructuredOutputsConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    from clawrl.serving.weight_transfer import BACKEND
+
+    return AsyncEngineArgs(
+        model=model_path(settings.model),
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        tensor_parallel_size=max(1, int(settings.gpus_per_replica)),
+        # On a CPU vLLM gives the one worker a process of its own, and both spin while they wait for each other. A class
+        # is not overruled so; vLLM's reason, the OpenMP settings, are in the environment already.
+        distributed_executor_backend=UniProcExecutor if settings.gpus_per_replica == 0 else None,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30) if settings.gpus_per_replica == 0 else None,
+        enforce_eager=settings.enforce_eager,
+        disable_log_stats=True,
+        max_logprobs=128,
+        # JSON without free white space: a schema allows it without end, and small models then write nothing else.
+        structured_outputs_config=StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True),
+        weight_transfer_config={"backend": BACKEND} if weight_transfer else None,  # type: ignore[arg-type]
+    )
 
 
 def _renderer(llm: Any, tool_parser: str | None, reasoning_parser: str | None) -> Any:

@@ -120,7 +120,8 @@ class Placing:
 
     async def _found(self, seen: Continuation, identity: Identity, fresh_session: str) -> Found:
         """The turn that a request goes on with, the newest first: by what was said, and in a named session by its last
-        reply alone, where a client has rewritten what was before it."""
+        reply alone, where a client has rewritten what was before it (all, or a part: old images left out)."""
+        earlier: Found | None = None
         if seen.histories:
             named = identity.session
             found = await self._journal.continued.remote(identity.user, list(seen.histories), named)
@@ -128,19 +129,20 @@ class Placing:
                 turn, session, index, at = found
                 if turn == UNRECORDED:
                     return Found(UNRECORDED, named or session, 0, "")
-                how = "goes on with its words" if at == 0 else f"goes on with its words, {at} replies ago"
-                return Found(turn, session, index + 1, how, answers=at == 0)
+                if at == 0:
+                    return Found(turn, session, index + 1, "goes on with its words", answers=True)
+                earlier = Found(turn, session, index + 1, f"goes on with its words, {at} replies ago")
         if identity.session is None:
             how = "its history is of no turn here" if seen.histories else "a first message"
-            return Found(None, fresh_session, 0, how)
+            return earlier or Found(None, fresh_session, 0, how)
         last = await self._journal.last_turn.remote(identity.user, identity.session)
         if last is None:
             compacted = await self._compacted(seen, identity)
-            return compacted or Found(None, identity.session, 0, "the session's first")
+            return compacted or earlier or Found(None, identity.session, 0, "the session's first")
         turn, session, index = last[:3]
         if await self._said(turn, seen.reply):
             return Found(turn, session, index + 1, "its last reply, before it a rewritten history", answers=True)
-        return Found(None, session, index + 1, "its history is of no turn of the session")
+        return earlier or Found(None, session, index + 1, "its history is of no turn of the session")
 
     async def _compacted(self, seen: Continuation, identity: Identity) -> Found | None:
         """What a session goes on with whose name a compaction has changed; `/new`, which does too, has no history."""

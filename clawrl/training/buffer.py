@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from clawrl.config import BufferSection
@@ -29,6 +32,7 @@ CLOSED = -1
 _POLL_S = 30.0
 _POLL_SAMPLES = 64
 _RETRY_S = 1.0
+_TICK_S = 0.01
 
 
 class ReplayBuffer:
@@ -40,6 +44,7 @@ class ReplayBuffer:
     def __init__(self, settings: BufferSection, journal: Any) -> None:
         self._settings, self._journal = settings, journal
         self._waiting: list[Sample] = []  # oldest first
+        self._since = time.monotonic()  # that there is something to wait for
         self._leases: dict[int, Batch] = {}
         self._next: int | None = None  # the step that may lease of what waits: the one before it is settled
         self._dropped: set[str] = set()
@@ -61,12 +66,15 @@ class ReplayBuffer:
         if step not in self._leases and step != self._next:
             self._rebuild()
             self._next = step
-        try:
-            async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(lambda: self._ready(step))
-                return self._lease(step)
-        except TimeoutError:
-            return None
+        deadline = time.monotonic() + timeout_s
+        while not self._ready(step):
+            left = min(deadline, max(self._due(), time.monotonic() + _TICK_S)) - time.monotonic()
+            if left <= 0:
+                return None
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left), self._changed:
+                    await self._changed.wait()
+        return self._lease(step)
 
     async def release(self, step: int) -> None:
         """The journal has recorded the version that consumed this step's batch."""
@@ -93,7 +101,14 @@ class ReplayBuffer:
             self._changed.notify_all()
 
     def _ready(self, step: int) -> bool:
-        return self._closed or step in self._leases or len(self._waiting) >= self._settings.batch_size
+        if self._closed or step in self._leases or len(self._waiting) >= self._settings.batch_size:
+            return True
+        return time.monotonic() >= self._due()
+
+    def _due(self) -> float:
+        """When what waits is enough, however little it is; never, where it must be a whole batch."""
+        least = self._settings.min_batch
+        return math.inf if least is None or len(self._waiting) < least else self._since + self._settings.max_wait_s
 
     def _lease(self, step: int) -> Batch:
         if self._closed:
@@ -108,6 +123,8 @@ class ReplayBuffer:
         """Keep those of `samples` that are young enough, or trained on again; drop and count the others."""
         most = self._settings.max_lag
         old = {sample.id for sample in samples if lag(self._line, sample.newest_version) > most} - self._released
+        if not self._waiting or len(samples) < len(self._waiting):  # the first to wait, or those a batch has left
+            self._since = time.monotonic()
         self._waiting = [sample for sample in samples if sample.id not in old]
         metric("buffer/size_num").set(len(self._waiting))
         dropped = old - self._dropped

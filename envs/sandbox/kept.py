@@ -14,7 +14,7 @@ class Kept:
     """Holds at most one; `backend` and `run` are those of `open_sandbox`."""
 
     def __init__(self, backend: str, run: str) -> None:
-        self._backend, self._run = backend, run
+        self._backend, self.run = backend, run
         self.sandbox: Sandbox | None = None
 
     def again(self, spec: SandboxSpec | None = None) -> Sandbox | None:
@@ -28,7 +28,7 @@ class Kept:
 
     def open(self, spec: SandboxSpec) -> Sandbox:
         """A new one, where there is none. Raises as `open_sandbox`."""
-        self.sandbox = open_sandbox(spec, self._backend, self._run)
+        self.sandbox = open_sandbox(spec, self._backend, self.run)
         return self.sandbox
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""`python -m jobs.bench serving|swap|train|memory|journal|sandbox|envs [--json FILE] [--config FILE] [section.key=v …]`
+"""`python -m jobs.bench NAME [--json FILE] [--config FILE] [section.key=value …]`; `--help` lists the names.
 
 Prints a table, and writes the same with its circumstances as JSON. Ratios are measured side by side in one run and
 travel between machines; times and rates do not, least of all from a busy one: `load` says how busy it was.
@@ -52,10 +52,19 @@ def _parser() -> argparse.ArgumentParser:
     serving.add_argument("--rounds", type=int, default=10, help="pairs to take the median of (default: %(default)s)")
     serving.add_argument("--tokens", type=int, default=256, help="tokens of each reply (default: %(default)s)")
     serving.add_argument("--in-turn", type=int, default=4, help="replies to each stream (default: %(default)s)")
+    clients = verbs.add_parser("clients", help="what the gateway costs, against vLLM's own server and LiteLLM's proxy")
+    clients.add_argument("--rounds", type=int, default=6, help="of each (default: %(default)s)")
+    clients.add_argument("--tokens", type=int, default=128, help="tokens of each reply (default: %(default)s)")
+    clients.add_argument("--in-turn", type=int, default=4, help="replies to each stream (default: %(default)s)")
+    clients.add_argument("--no-litellm", action="store_true", help="leave LiteLLM out: nothing is installed")
     swap = verbs.add_parser("swap", help="stalls of running streams while versions are swapped in")
     swap.add_argument("--swaps", type=int, default=20)
     swap.add_argument("--streams", type=int, default=8)
     swap.add_argument("--tokens", type=int, default=512, help="tokens of each reply (default: %(default)s)")
+    feedback = verbs.add_parser(
+        "feedback", help="from a correction to the first reply by a version that learnt from it"
+    )
+    feedback.add_argument("--corrections", type=int, default=10, help="one after the other (default: %(default)s)")
     train = verbs.add_parser("train", help="trainer against a plain PyTorch loop with as many threads")
     train.add_argument("--steps", type=int, default=12)
     memory = verbs.add_parser("memory", help="memory of the whole system while it serves, judges and trains")
@@ -74,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     envs.add_argument("--seconds", type=float, default=8.0, help="each rate is watched so long (default: %(default)s)")
     envs.add_argument("--crowd", type=int, default=1024, help="simulated environments (default: %(default)s)")
     envs.add_argument("--episodes", type=int, default=10_000, help="to look for leaks after (default: %(default)s)")
-    for verb in (serving, swap, train, memory, journal, sandbox, envs):
+    for verb in (serving, clients, feedback, swap, train, memory, journal, sandbox, envs):
         verb.add_argument("--json", metavar="FILE", help="write the figures there too")
         verb.add_argument("--config", metavar="FILE", help="TOML file (default: the embedded CPU configuration)")
         verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
@@ -86,10 +95,20 @@ def _run(options: argparse.Namespace, config: Config) -> tuple[list[figures.Figu
         from jobs.bench.serving import measure as serving
 
         return serving(config, rounds=options.rounds, num_tokens=options.tokens, in_turn=options.in_turn)
+    if options.verb == "clients":
+        from jobs.bench.clients import measure as clients
+
+        words = [*(["--config", options.config] if options.config else []), *options.overrides]
+        asked = {"rounds": options.rounds, "num_tokens": options.tokens, "in_turn": options.in_turn}
+        return clients(config, words, litellm=not options.no_litellm, **asked)
     if options.verb == "swap":
         from jobs.bench.swap import measure as swap
 
         return swap(config, swaps=options.swaps, streams=options.streams, num_tokens=options.tokens)
+    if options.verb == "feedback":
+        from jobs.bench.feedback import measure as feedback
+
+        return feedback(config, corrections=options.corrections)
     if options.verb == "train":
         from jobs.bench.train import measure as train
 

@@ -24,21 +24,22 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
-import httpx
 import psutil
 import ray
 
 import envs  # noqa: F401  (registers them)
 from clawrl import main
-from clawrl.config import BufferSection, PoolSection
+from clawrl.config import BufferSection, JudgeSection, LearningSection, PoolSection
 from clawrl.errors import ClawrlError
 from clawrl.journal.actor import Journal
 from clawrl.rollout.agent import run_episode
 from clawrl.rollout.attempt import Attempt
+from clawrl.rollout.collector import Collector
 from clawrl.rollout.pool import Pool
-from clawrl.rollout.worker import EnvWorker, caller_of, limits_of, make_env
+from clawrl.rollout.worker import CALLS, EnvWorker, caller_of, limits_of, make_env
 from clawrl.training.buffer import ReplayBuffer
 from jobs.bench.figures import Figure, median_ratio, spread, table
+from jobs.bench.programs import PATIENCE_S, program
 from jobs.bench.simulated import MEAN_S, STEPS, GoldWorker
 from jobs.chaos.target import free_port
 
@@ -48,17 +49,18 @@ CROWD_WORKERS = 4
 MOST = 64
 ENOUGH = 1.1
 """More environments at a time are tried until they bring less than this times the steps per second."""
-PATIENCE_S = 180.0
+END_S = 10.0
 OPTIONS = {"clawrl/Terminal-v0": {"limits": "best_effort"}}
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A journal in a file and a buffer over it."""
+    """A journal in a file, a buffer over it, and who compares the groups."""
 
     path: Path
     journal: Any
     buffer: Any
+    collector: Any
 
     @contextmanager
     def pool(self, settings: PoolSection, start_worker: Callable[[], Any]) -> Iterator[Any]:
@@ -96,11 +98,17 @@ def stage() -> Iterator[Stage]:
         main.join_ray()
         try:
             path = Path(folder) / "journal.sqlite"
-            journal: Any = ray.remote(Journal).options(num_cpus=0, max_concurrency=1000).remote(f"sqlite:///{path}")
-            buffer: Any = ray.remote(ReplayBuffer).options(num_cpus=0, max_concurrency=1000)
-            yield Stage(path, journal, buffer.remote(BufferSection(), journal))
+            journal = _actor(Journal, f"sqlite:///{path}")
+            buffer = _actor(ReplayBuffer, BufferSection(), journal)
+            collector = _actor(Collector, journal, None, None, JudgeSection(), LearningSection(kl_weight=0))
+            yield Stage(path, journal, buffer, collector)
         finally:
             ray.shutdown()
+
+
+def _actor(kind: type, *given: Any) -> Any:
+    actor: Any = ray.remote(kind)
+    return actor.options(num_cpus=0, max_concurrency=1000).remote(*given)
 
 
 def measure(*, crowd: int, episodes: int, rounds: int, seconds: float) -> tuple[list[Figure], dict[str, Any]]:
@@ -143,7 +151,7 @@ def _gold(settings: PoolSection) -> Callable[[], Any]:
 
 def _start(kind: type, settings: PoolSection, *given: Any) -> Any:
     worker: Any = ray.remote(kind)
-    return worker.options(num_cpus=0, max_concurrency=settings.places + 16).remote(settings, *given)
+    return worker.options(num_cpus=0, max_concurrency=CALLS).remote(settings, *given)
 
 
 # -- what the pool costs -----------------------------------------------------------------------------------------------
@@ -153,21 +161,8 @@ def _start(kind: type, settings: PoolSection, *given: Any) -> Any:
 def endpoint() -> Iterator[str]:
     """The scripted endpoint, in a process of its own."""
     port = free_port()
-    process = subprocess.Popen([sys.executable, "-m", "jobs.bench.endpoint", str(port)])
-    try:
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                httpx.get(f"http://127.0.0.1:{port}/")
-                break
-            except httpx.HTTPError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.1)
+    with program([sys.executable, "-m", "jobs.bench.endpoint", str(port)], f"http://127.0.0.1:{port}/"):
         yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def _overhead(here: Stage, url: str, rounds: int, seconds: float) -> tuple[Figure, dict[str, Any]]:
@@ -318,5 +313,16 @@ def _leaks(here: Stage, url: str, episodes: int) -> list[Figure]:
         Figure(f"{name}: files more", after.files - before.files, at_most=2),
         Figure(f"{name}: mounts more", after.mounts - mounts, at_most=0),
         Figure(f"{name}: memory, of before", after.mib / before.mib, at_most=1.05),
-        Figure(f"{name}: processes left", float(psutil.pid_exists(pid)), at_most=0),
+        Figure(f"{name}: processes left", float(not _gone(pid)), at_most=0),
     ]
+
+
+def _gone(pid: int) -> bool:
+    """Whether a process that was told to end has ended."""
+    try:
+        psutil.Process(pid).wait(END_S)
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.TimeoutExpired:
+        return False
+    return True

@@ -109,7 +109,7 @@ async def _rounds(
             found = await run(kind, asked)
             took = time.time() - started
             used = meter.stop()
-            _require_whole(found, num_tokens, kind)
+            require_whole(found, num_tokens, kind)
             if round_:  # the first one warms up
                 runs[kind].append(found)
                 seconds[kind] += took
@@ -124,7 +124,8 @@ async def _rounds(
     return runs, cores
 
 
-def _require_whole(found: Sequence[Stream], num_tokens: int, kind: str) -> None:
+def require_whole(found: Sequence[Stream], num_tokens: int, kind: str) -> None:
+    """Raises RuntimeError if a reply broke off."""
     broken = [stream for stream in found if stream.error or stream.num_tokens != num_tokens]
     if broken:
         raise RuntimeError(f"{len(broken)} of {len(found)} streams ({kind}) are not whole: {broken[0].error}")

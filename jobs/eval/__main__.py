@@ -1,4 +1,4 @@
-"""`python -m jobs.eval pools --config configs/drill.toml --arms outcome,process --seeds 3 [section.key=v …]`
+"""`python -m jobs.eval pools|personal [--config FILE] [--arms A,B] [--seeds N] [section.key=v …]`
 
 Each verb is a module with a `parser` and what it does, `run`.
 """
@@ -11,9 +11,9 @@ import signal
 import sys
 
 from clawrl.errors import ClawrlError, ConfigError
-from jobs.eval import pools
+from jobs.eval import personal, pools
 
-VERBS = {"pools": pools}
+VERBS = {"pools": pools, "personal": personal}
 
 
 def main(arguments: list[str] | None = None) -> int:

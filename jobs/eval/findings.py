@@ -114,7 +114,7 @@ def results_of(reports: Reports, pool: str, arm: str) -> tuple[Result, ...]:
 
 def arm_findings(reports: Reports, plan: Plan) -> list[ArmFinding]:
     found = []
-    for pool in plan.pools:
+    for pool in plan.measures:
         for arm in plan.arms:
             results = results_of(reports, pool, arm.name)
             if results:
@@ -140,7 +140,7 @@ def pair_findings(findings: Sequence[ArmFinding], plan: Plan) -> list[PairFindin
     by_place = {(each.pool, each.arm): {result.seed: result.gain for result in each.results} for each in findings}
     found = []
     first, *others = (arm.name for arm in plan.arms)
-    for pool in plan.pools:
+    for pool in plan.measures:
         base = by_place.get((pool, first), {})
         for arm in others:
             gains = by_place.get((pool, arm), {})
@@ -175,24 +175,29 @@ def table(
 ) -> str:
     """The report as Markdown."""
     lines = [
-        f"Held-out tasks solved, one attempt at each of {plan.tasks}: means over seeds, with 95 % bootstrap intervals",
-        "over them. Of few seeds these are too narrow rather than too wide.",
+        f"{plan.what}: means over seeds, with 95 % bootstrap intervals over them.",
+        "Of few seeds these are too narrow rather than too wide.",
         "",
-        *_rows("pool", "arm", "runs", "before", "after", "gain"),
+        *_rows("measured", "arm", "runs", "before", "after", "gain"),
         *(_row(each.pool, each.arm, len(each.results), _with(each.before, each.before_interval),
                _with(each.after, each.after_interval), _with(each.gain, each.gain_interval, sign=True))
           for each in findings),
     ]  # fmt: skip
     if pairs:
         lines += ["", "Difference of the gains, paired by seed:", ""]
-        lines += _rows("pool", "arms", *(f"seed {seed}" for seed in plan.seeds), "mean")
+        lines += _rows("measured", "arms", *(f"seed {seed}" for seed in plan.seeds), "mean")
         for pair in pairs:
             by_seed = dict(pair.differences)
             shown = [f"{by_seed[seed]:+.3f}" if seed in by_seed else "–" for seed in plan.seeds]
             lines.append(
                 _row(pair.pool, f"{pair.arm} − {pair.against}", *shown, _with(pair.mean, pair.interval, sign=True))
             )
-    lines += ["", "Each run:", "", *_rows("pool", "arm", "seed", "before", "after", "versions", "groups", "alike", "s")]
+    lines += [
+        "",
+        "Each run:",
+        "",
+        *_rows("measured", "arm", "seed", "before", "after", "versions", "groups", "alike", "s"),
+    ]
     for each in findings:
         for run in each.results:
             lines.append(

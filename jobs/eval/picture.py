@@ -16,21 +16,19 @@ COLOURS = (BLUE, GREEN, "#b3261e", "#8a5a00", "#6b3fa0", GREY)
 def draw(reports: Reports, findings: Sequence[ArmFinding], plan: Plan, title: str, file: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 0.6 + 3.4 * len(plan.pools)), dpi=130, layout="constrained")
-    panels: Any = figure.subplots(len(plan.pools), 2, squeeze=False, width_ratios=(3, 2))
-    for (curves, ends), pool in zip(panels, plan.pools, strict=True):
+    figure = Figure(figsize=(10, 0.6 + 3.4 * len(plan.measures)), dpi=130, layout="constrained")
+    panels: Any = figure.subplots(len(plan.measures), 2, squeeze=False, width_ratios=(3, 2))
+    for (curves, ends), pool in zip(panels, plan.measures, strict=True):
         for index, arm in enumerate(plan.arms):
             _curve(curves, reports, pool, arm.name, COLOURS[index % len(COLOURS)])
-        curves.set(
-            title=pool, xlabel="groups of attempts", ylabel="solved in training (rolling mean)", ylim=(-0.02, 1.02)
-        )
+        curves.set(title=pool, xlabel=plan.along, ylabel="in training (rolling mean)", ylim=(-0.02, 1.02))
         found = [each for each in findings if each.pool == pool]
         for index, arm in enumerate(plan.arms):
             for each in found:
                 if each.arm == arm.name:
                     _ends(ends, each, (index - (len(plan.arms) - 1) / 2) * 0.08, COLOURS[index % len(COLOURS)])
-        ends.set(title="held-out tasks", xticks=(0, 1), xticklabels=("before", "after"), xlim=(-0.4, 1.4))
-        ends.set(ylabel="solved", ylim=(-0.02, 1.02))
+        ends.set(title="held out", xticks=(0, 1), xticklabels=("before", "after"), xlim=(-0.4, 1.4))
+        ends.set(ylabel="share", ylim=(-0.02, 1.02))
         for axes in (curves, ends):
             axes.grid(axis="y", color="#e3e5e8", linewidth=0.8)
             axes.set_axisbelow(True)

@@ -8,14 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from clawrl.config import Config
 from clawrl.errors import ConfigError
-
-PROCESS_WEIGHT = 0.3
-"""Of the arm `process`, where neither the command nor the config says one."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 
@@ -34,10 +31,11 @@ class Plan:
 
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
-    pools: tuple[str, ...]
-    versions: int
-    minutes: float
-    tasks: int
+    measures: tuple[str, ...]  # what is measured before and after: pools, or sides of a reply
+    budget: tuple[str, ...]  # words of every run's command line
+    limits: str  # the same, told
+    what: str  # what a measure is a share of
+    along: str  # what learning curves go along
 
     @property
     def runs(self) -> list[tuple[Arm, int]]:
@@ -45,12 +43,12 @@ class Plan:
         return [(arm, seed) for seed in self.seeds for arm in self.arms]
 
 
-def arms_of(text: str, config: Config) -> tuple[Arm, ...]:
-    """Words with commas between: `outcome`, `process` or `process:0.3`, or `name=section.key:value`.
+def arms_of(text: str, known: Callable[[str], Sequence[str] | None], words: str) -> tuple[Arm, ...]:
+    """Words with commas between: one that `known` has overrides for (`words` lists them), or `name=section.key:value`.
 
     Raises ConfigError for a word that is none of them.
     """
-    arms = tuple(_arm(word.strip(), config) for word in text.split(","))
+    arms = tuple(_arm(word.strip(), known, words) for word in text.split(","))
     names = [arm.name for arm in arms]
     if len(set(names)) < len(names):
         raise ConfigError(
@@ -59,37 +57,21 @@ def arms_of(text: str, config: Config) -> tuple[Arm, ...]:
     return arms
 
 
-def _arm(word: str, config: Config) -> Arm:
+def _arm(word: str, known: Callable[[str], Sequence[str] | None], words: str) -> Arm:
     name, own, setting = word.partition("=")
-    key, _, value = (setting if own else word).partition(":")
+    key, _, value = setting.partition(":")
     if own and _NAME.fullmatch(name) and key and value:
         return Arm(name, (f"{key}={value}",))
-    if not own and word == "outcome":
-        return Arm(word, ("learning.process_weight=0",))
-    if not own and key == "process":
-        return Arm(word.replace(":", "-"), (f"learning.process_weight={_weight(word, value, config)}",))
-    raise ConfigError(f"--arms {word}: use outcome, process, process:0.3, or name=section.key:value")
-
-
-def _weight(word: str, value: str, config: Config) -> float:
-    try:
-        weight = float(value) if value else config.learning.process_weight or PROCESS_WEIGHT
-    except ValueError:
-        weight = 0.0
-    if not weight > 0:
-        raise ConfigError(f"--arms {word}: the weight of process rewards must be a number above 0")
-    return weight
-
-
-def seeded(plan: Plan, seed: int) -> list[str]:
-    """The overrides that make a run another one: the trainer's shuffling, and the order of the pools' tasks."""
-    return [f"trainer.seed={seed}", *(f"pools.{index}.seed={seed}" for index in range(len(plan.pools)))]
+    overrides = None if own else known(word)
+    if overrides is None:
+        raise ConfigError(f"--arms {word}: use {words}, or name=section.key:value")
+    return Arm(word.replace(":", "-"), tuple(overrides))
 
 
 def digest(config: Config, plan: Plan, commit: str) -> str:
     """What a run's result depends on besides arm and seed: where it is kept and which port it has does not count."""
     tree = config.model_dump(mode="json", exclude={"run_root": True, "run": True, "gateway": True})
-    facts = [tree, plan.versions, plan.minutes, plan.tasks, commit]
+    facts = [tree, plan.budget, commit]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
 
 

@@ -1,27 +1,18 @@
-"""`jobs.eval pools`: do pools of environments learn, and which arm learns more? `jobs.train` for every arm and seed.
-
-    plan ─► for every arm × seed: made already? else `jobs.train` ─► findings ─► table, JSON, picture
-
-Runs are made one after the other, and what was made is kept: the same command, given again, makes the rest.
-"""
+"""`jobs.eval pools`: do pools of environments learn, and which arm learns more? Runs of `jobs.train`."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 from clawrl.cli import add_config_options, config_of
+from clawrl.config import Config
 from clawrl.errors import ConfigError
-from jobs.eval import findings, picture
-from jobs.eval.plan import Arm, Plan, arms_of, digest, folder_name, names_of, parse_seeds, seeded
-from jobs.eval.runs import RunFailed, commit, make_run, result_of
+from jobs.eval.plan import Plan, arms_of, parse_seeds
+from jobs.eval.series import Job, add_options, evaluate
+
+PROCESS_WEIGHT = 0.3
+"""Of the arm `process`, where neither the command nor the config says one."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,137 +29,51 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--versions", type=int, default=20, help="of each run (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=15.0, help="of training in each run (default: %(default)s)")
     parser.add_argument("--tasks", type=int, default=200, help="held-out tasks of each pool (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write the findings there too")
-    parser.add_argument(
-        "--out", metavar="NAME", help="NAME.md, NAME.json and NAME.png (default: in the state's folder)"
-    )
+    add_options(parser)
     return parser
 
 
 def run(options: argparse.Namespace, command: str) -> int:
-    """Make what is not made yet, and report on all of it; 1 if a run failed. Raises ConfigError."""
+    """Raises ConfigError."""
     config = config_of(options)
+    plan = plan_of(config, options)
+    job = Job("pools", "jobs.train", lambda seed: seeded(config, seed), lambda report: report)
+    return evaluate(job, plan, config, options, command)
+
+
+def plan_of(config: Config, options: argparse.Namespace) -> Plan:
+    """Raises ConfigError."""
     if not config.pools:
         raise ConfigError("no [[pools]] in the config: there is nothing to train on; see configs/toolcall.toml")
-    plan = Plan(
-        arms_of(options.arms, config),
-        parse_seeds(options.seeds),
-        tuple(pool.name for pool in config.pools),
-        options.versions,
-        options.minutes,
-        options.tasks,
-    )
-    for arm in plan.arms:
-        config_of(argparse.Namespace(**{**vars(options), "overrides": [*options.overrides, *arm.overrides]}))
-    source = commit()
-    state = Path(config.run_root).resolve() / f"eval-pools-{digest(config, plan, source)}"
-    results, failures = _make(plan, options, state)
-    if not results:
-        print(f"eval: no run came to an end; {'; '.join(failures.values())}", file=sys.stderr)
-        return 1
-    circumstances = {
-        "command": command,
-        "commit": source,
-        "arms": {arm.name: list(arm.overrides) for arm in plan.arms},
-        "budget": f"{plan.versions} versions or {plan.minutes:g} minutes of training in each run",
-        "failed": failures or "none",
-        "cores": os.cpu_count(),
-        "load": {f"{arm} seed {seed}": result["load"] for (arm, seed), result in results.items()},
-    }
-    _report(plan, results, circumstances, options, state)
-    return 1 if failures else 0
-
-
-Results = dict[tuple[str, int], dict[str, Any]]
-
-
-def _make(plan: Plan, options: argparse.Namespace, state: Path) -> tuple[Results, dict[str, str]]:
-    """Results by (arm, seed), and why others have none."""
-    results: Results = {}
-    failures: dict[str, str] = {}
-    kept = {(arm.name, seed): result_of(state / folder_name(arm, seed)) for arm, seed in plan.runs}
-    left = [(arm, seed) for arm, seed in plan.runs if kept[arm.name, seed] is None]
-    _say(f"{len(plan.runs)} runs, {len(plan.runs) - len(left)} of them made already; state in {state.name}")
-    if left:
-        _say(f"to make: {names_of(left)}")
-    took: list[float] = []
-    for number, (arm, seed) in enumerate(plan.runs, 1):
-        result, label = kept[arm.name, seed], f"{arm.name} seed {seed}"
-        if result is None:
-            rest = f", about {_rest_minutes(took, left):.0f} min left" if took else ""
-            _say(f"run {number} of {len(plan.runs)}: {label}{rest}")
-            try:
-                result = make_run(
-                    state / folder_name(arm, seed), _arguments(plan, arm, seed, options), _prefixed(label)
-                )
-            except RunFailed as error:
-                failures[label] = str(error)
-                _say(f"{label} failed: {error}")
-                continue
-            took.append(result["seconds"])
-            left.remove((arm, seed))
-            _say(f"{label}: {_outcome(result['report'])} in {result['seconds']:.0f} s")
-        results[arm.name, seed] = result
-    return results, failures
-
-
-def _arguments(plan: Plan, arm: Arm, seed: int, options: argparse.Namespace) -> list[str]:
-    """Of `jobs.train`, for one run."""
-    config = ["--config", options.config] if options.config else []
-    method = ["--method", options.method] if options.method else []
-    budget = [f"--versions={plan.versions}", f"--minutes={plan.minutes}", f"--tasks={plan.tasks}"]
-    return [*config, *method, *budget, *options.overrides, *arm.overrides, *seeded(plan, seed)]
-
-
-def _report(
-    plan: Plan, results: Results, circumstances: dict[str, Any], options: argparse.Namespace, state: Path
-) -> None:
-    reports = {place: result["report"] for place, result in results.items()}
-    arms = findings.arm_findings(reports, plan)
-    pairs = findings.pair_findings(arms, plan)
-    text = findings.table(arms, pairs, plan, circumstances)
-    told = {
-        **circumstances,
-        "arms_found": [asdict(each) for each in arms],
-        "pairs": [asdict(each) for each in pairs],
-        "runs": [
-            {"arm": arm, "seed": seed, **{key: each for key, each in result.items() if key != "report"}}
-            for (arm, seed), result in results.items()
-        ],
-    }
-    out = Path(options.out) if options.out else state / "findings"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    whole = json.dumps(told, indent=1) + "\n"
-    for file in (out.with_name(out.name + ".json"), *([Path(options.json)] if options.json else [])):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(whole, encoding="utf-8")
-    seeds, budget = ", ".join(map(str, plan.seeds)), f"{plan.versions} versions or {plan.minutes:g} min"
-    title = f"{', '.join(plan.pools)}: seeds {seeds}; {budget} each"
-    out.with_name(out.name + ".png").unlink(missing_ok=True)
-    picture.draw(reports, arms, plan, title, out.with_name(out.name + ".png"))
-    out.with_name(out.name + ".md").write_text(f"{text}\n![]({out.name}.png)\n", encoding="utf-8")
-    print(text)
-    for ending in ("md", "json", "png"):
-        print(f"wrote {out}.{ending}")
-
-
-def _outcome(report: dict[str, Any]) -> str:
-    def share(value: float | None) -> str:
-        return "not measured" if value is None else f"{value:.2f}"
-
-    return ", ".join(
-        f"{part['pool']} {share(part['before']['solved'])} → {share(part['after']['solved'])}"
-        for part in report["pools"]
+    return Plan(
+        arms=arms_of(options.arms, lambda word: overrides_of(word, config), "outcome, process, process:0.3"),
+        seeds=parse_seeds(options.seeds),
+        measures=tuple(pool.name for pool in config.pools),
+        budget=(f"--versions={options.versions}", f"--minutes={options.minutes}", f"--tasks={options.tasks}"),
+        limits=f"{options.versions} versions or {options.minutes:g} minutes of training",
+        what=f"Held-out tasks solved, one attempt at each of {options.tasks}",
+        along="groups of attempts",
     )
 
 
-def _rest_minutes(took: Sequence[float], left: Sequence[Any]) -> float:
-    return sum(took) / len(took) * len(left) / 60
+def overrides_of(word: str, config: Config) -> Sequence[str] | None:
+    """Of an arm with a name of its own. Raises ConfigError."""
+    if word == "outcome":
+        return ["learning.process_weight=0"]
+    name, _, value = word.partition(":")
+    return [f"learning.process_weight={_weight(word, value, config)}"] if name == "process" else None
 
 
-def _prefixed(label: str) -> Any:
-    return lambda line: print(f"[{label}] {line}", file=sys.stderr, flush=True)
+def _weight(word: str, value: str, config: Config) -> float:
+    try:
+        weight = float(value) if value else config.learning.process_weight or PROCESS_WEIGHT
+    except ValueError:
+        weight = 0.0
+    if not weight > 0:
+        raise ConfigError(f"--arms {word}: the weight of process rewards must be a number above 0")
+    return weight
 
 
-def _say(line: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+def seeded(config: Config, seed: int) -> list[str]:
+    """The overrides that make a run another one: the trainer's shuffling, and the order of the pools' tasks."""
+    return [f"trainer.seed={seed}", *(f"pools.{index}.seed={seed}" for index in range(len(config.pools)))]

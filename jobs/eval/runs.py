@@ -1,8 +1,8 @@
-"""Whole runs of `jobs.train`, one after the other, each a process of its own; one that was made is not made again.
+"""Whole runs of a job, one after the other, each a process of its own; one that was made is not made again.
 
-    <run root>/eval-pools-<digest>/<arm>-<mark>-seed<N>/   result.json, once it has ended well; log.txt; run directories
+    <run root>/eval-<verb>-<digest>/<arm>-<mark>-seed<N>/   result.json, once it has ended; log.txt; run directories
 
-Knows the command line of `jobs.train` and the files it leaves. Ignores what they say.
+Knows how a job is started and the files it leaves (`jobs.train`, `jobs.demo`). Ignores what they say.
 """
 
 from __future__ import annotations
@@ -38,11 +38,15 @@ def result_of(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def make_run(folder: Path, arguments: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
-    """One run of `jobs.train` to its end; `say` gets its lines. Raises RunFailed with its last words."""
+def make_run(
+    folder: Path, job: str, arguments: Sequence[str], say: Callable[[str], None], codes: Sequence[int] = (0,)
+) -> dict[str, Any]:
+    """One run of a job to its end; `say` gets its lines. Raises RunFailed, with its last words, for no exit code of
+    `codes`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     load, started = os.getloadavg()[0], time.time()
-    command = [sys.executable, "-m", "jobs.train", *arguments, f"run_root={folder}"]
+    command = [sys.executable, "-m", job, *arguments, f"run_root={folder}"]
     last = ""
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         process = subprocess.Popen(
@@ -65,10 +69,11 @@ def make_run(folder: Path, arguments: Sequence[str], say: Callable[[str], None])
             code = process.wait()
         finally:
             _end(process)
-    if code:
+    written = folder / "latest" / "report.json"
+    if code not in codes or (code and not (written.exists() and written.stat().st_mtime >= started)):
         raise RunFailed(f"exit code {code}: {last.strip() or 'no word'}")
     try:
-        report = json.loads((folder / "latest" / "report.json").read_text(encoding="utf-8"))
+        report = json.loads(written.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunFailed(f"it left no report: {error}") from error
     result = {

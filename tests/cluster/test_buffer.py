@@ -30,8 +30,9 @@ def journal(actors, tmp_path):
 
 @pytest.fixture
 def start(actors, journal):
-    def start_buffer(batch_size: int = 4, max_lag: int = 2) -> Any:
-        return actors(ReplayBuffer, BufferSection(batch_size=batch_size, max_lag=max_lag), journal, **RESTARTS)
+    def start_buffer(batch_size: int = 4, max_lag: int = 2, **given: Any) -> Any:
+        settings = BufferSection(batch_size=batch_size, max_lag=max_lag, **given)
+        return actors(ReplayBuffer, settings, journal, **RESTARTS)
 
     return start_buffer
 
@@ -92,6 +93,34 @@ def test_a_batch_comes_when_it_is_full_and_the_surplus_stays(journal, start):
     answer(buffer.release.remote(2))
     assert take(buffer, 3, 0.2) is None
     assert stats(buffer)["size"] == 1
+
+
+def test_a_small_batch_comes_when_it_has_waited_long_enough(journal, start):
+    buffer = start(min_batch=2, max_wait_s=0.3)
+    append(journal, "a")
+    assert take(buffer, 1, 0.6) is None, "less than the least"
+    started = time.monotonic()
+    append(journal, "bc")
+    assert take(buffer, 1) == "abc"
+    append(journal, "defgh")
+    record(journal, 1, "abc")
+    answer(buffer.release.remote(1))
+    assert take(buffer, 2) == "defg", "a whole one does not wait"
+    record(journal, 2, "defg")
+    answer(buffer.release.remote(2))
+    assert take(buffer, 3, 0.6) is None
+    append(journal, "i")
+    assert take(buffer, 3) == "hi"
+    assert time.monotonic() - started >= 0.6
+
+
+def test_who_waits_for_a_small_batch_is_called_in_time(journal, start):
+    buffer = start(min_batch=1, max_wait_s=0.5)
+    taking = buffer.take.remote(1, PATIENCE_S)
+    time.sleep(0.2)
+    append(journal, "a")
+    assert is_pending(taking, 0.05)
+    assert [found.id for found in answer(taking).samples] == ["a"]
 
 
 def test_batches_carry_samples_whole(journal, start):

@@ -1,22 +1,27 @@
 """`jobs.eval`: arms and what names a run, intervals and tables, runs that were made and those that fail."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from clawrl.config import load_config
+from clawrl.config import Config, load_config
 from clawrl.errors import ConfigError
 from clawrl.rollout.pool import order_of
 from jobs.eval import __main__ as program
-from jobs.eval import findings, picture, pools, runs
-from jobs.eval.plan import Arm, Plan, arms_of, digest, folder_name, seeded
+from jobs.eval import findings, personal, picture, pools, runs, series
+from jobs.eval.plan import Arm, Plan, arms_of, digest, folder_name
 
 DRILL = Path(__file__).parents[2] / "configs" / "drill.toml"
 ARMS = (Arm("outcome", ("learning.process_weight=0",)), Arm("process", ("learning.process_weight=0.3",)))
-PLAN = Plan(ARMS, (0, 1, 2), ("drill",), 20, 15.0, 100)
+PLAN = Plan(ARMS, (0, 1, 2), ("drill",), ("--versions=20",), "20 versions", "Tasks solved", "groups")
+
+
+def arms(text: str, config: Config) -> tuple[Arm, ...]:
+    return arms_of(text, lambda word: pools.overrides_of(word, config), "outcome, process")
 
 
 def report(before: float | None, after: float | None, outcomes: tuple[float | None, ...] = (-1, 0, 1, 1)) -> dict:
@@ -36,13 +41,13 @@ REPORTS = {
 
 def test_arms_are_overrides_under_a_name():
     config = load_config(DRILL)
-    assert arms_of("outcome,process", config) == ARMS
-    assert arms_of("process:0.5, slow=trainer.learning_rate:1e-4", config) == (
+    assert arms("outcome,process", config) == ARMS
+    assert arms("process:0.5, slow=trainer.learning_rate:1e-4", config) == (
         Arm("process-0.5", ("learning.process_weight=0.5",)),
         Arm("slow", ("trainer.learning_rate=1e-4",)),
     )
     weighty = load_config(DRILL, ["learning.process_weight=0.7"])
-    assert arms_of("process", weighty) == (Arm("process", ("learning.process_weight=0.7",)),)
+    assert arms("process", weighty) == (Arm("process", ("learning.process_weight=0.7",)),)
 
 
 @pytest.mark.parametrize(
@@ -50,18 +55,17 @@ def test_arms_are_overrides_under_a_name():
 )
 def test_a_word_that_is_no_arm_is_refused(text):
     with pytest.raises(ConfigError, match="--arms"):
-        arms_of(text, load_config(DRILL))
+        arms(text, load_config(DRILL))
 
 
 def test_two_arms_of_one_name_are_refused():
     with pytest.raises(ConfigError, match="same name"):
-        arms_of("outcome,outcome", load_config(DRILL))
+        arms("outcome,outcome", load_config(DRILL))
 
 
 def test_a_seed_reaches_the_trainer_and_every_pool():
     mixed = DRILL.with_name("mixed.toml")
-    names = tuple(pool.name for pool in load_config(mixed).pools)
-    config = load_config(mixed, seeded(Plan(ARMS, (5,), names, 1, 1.0, 1), 5))
+    config = load_config(mixed, pools.seeded(load_config(mixed), 5))
     assert config.trainer.seed == 5
     assert {pool.seed for pool in config.pools} == {5}
 
@@ -84,10 +88,10 @@ def test_a_run_is_known_by_what_its_result_depends_on():
         named("trainer.learning_rate=1e-4"),
         named("pools.0.group_size=4"),
         named(commit="abd"),
-        named(plan=Plan(ARMS, (0, 1, 2), ("drill",), 21, 15.0, 100)),
+        named(plan=replace(PLAN, budget=("--versions=21",))),
     }
     assert len(others) == 5
-    assert named(plan=Plan(ARMS[:1], (0,), ("drill",), 20, 15.0, 100)) == named(), "more arms and seeds may follow"
+    assert named(plan=replace(PLAN, arms=ARMS[:1], seeds=(0,))) == named(), "more arms and seeds may follow"
     assert folder_name(ARMS[1], 0) != folder_name(Arm("process", ("learning.process_weight=0.5",)), 0)
 
 
@@ -166,7 +170,8 @@ def made(monkeypatch, tmp_path) -> list[str]:
     """The names of the runs that were made, by a maker that fails for seed 1 of process as long as it is told to."""
     names: list[str] = []
 
-    def make_run(folder: Path, arguments: list[str], say: Any) -> dict:
+    def make_run(folder: Path, job: str, arguments: list[str], say: Any, codes: Any) -> dict:
+        assert (job, codes) == ("jobs.train", (0,))
         names.append(folder.name.split("-")[0] + folder.name[-1])
         if names[-1] == "process1" and not (tmp_path / "mended").exists():
             raise runs.RunFailed("exit code 1: out of memory")
@@ -176,8 +181,8 @@ def made(monkeypatch, tmp_path) -> list[str]:
         (folder / runs.RESULT).write_text(json.dumps(result))
         return result
 
-    monkeypatch.setattr(pools, "make_run", make_run)
-    monkeypatch.setattr(pools, "commit", lambda: "abc")
+    monkeypatch.setattr(series, "make_run", make_run)
+    monkeypatch.setattr(series, "commit", lambda: "abc")
     return names
 
 
@@ -218,7 +223,7 @@ def test_half_a_result_is_none(tmp_path):
 def test_a_run_that_does_not_start_says_why(tmp_path):
     said: list[str] = []
     with pytest.raises(runs.RunFailed, match=r"exit code 2: clawrl: --tasks 0: give at least 1"):
-        runs.make_run(tmp_path, ["--config", str(DRILL), "--tasks", "0"], said.append)
+        runs.make_run(tmp_path, "jobs.train", ["--config", str(DRILL), "--tasks", "0"], said.append)
     assert "give at least 1" in said[-1]
     assert "give at least 1" in (tmp_path / "log.txt").read_text()
     assert runs.result_of(tmp_path) is None
@@ -228,3 +233,46 @@ def test_a_run_that_does_not_start_says_why(tmp_path):
 def test_wrong_use_is_told_before_anything_starts(words, capsys):
     assert program.main([*words, "--config", str(DRILL)]) == 2
     assert capsys.readouterr().err.startswith("eval: ")
+
+
+# -- people ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_demonstration_is_measured_as_pools_are():
+    sides = {"score": (0.2, 0.8), "correct": (0.7, 0.65), "shows_work": (0.8, 0.8)}
+    ends = {
+        f"{field}_{at}": value
+        for field, both in sides.items()
+        for at, value in zip(("before", "after"), both, strict=True)
+    }
+    rows = [{"samples": 0, "score": None, "correct": None}, {"samples": 32, "score": 0.5, "correct": 1.0}]
+    read = personal.measured({**ends, "per_version": rows, "versions": 1, "seconds": 60.0})
+    plan = replace(PLAN, measures=tuple(personal.MEASURES), arms=(Arm("rl", ()), Arm("hybrid", ())))
+    found = findings.arm_findings({("rl", 0): read, ("rl", 1): read}, plan)
+    assert [(each.pool, round(each.gain, 6)) for each in found] == [
+        ("liked", 0.6), ("right", -0.05), ("working shown", 0.0)
+    ]  # fmt: skip
+    assert [group["outcome"] for group in read["pools"][0]["groups"]] == [None, 0.0]
+
+
+def test_arms_of_people_are_objectives_that_the_config_knows():
+    for overrides in personal.ARMS.values():
+        load_config(None, overrides)
+    assert program.main(["personal", "--arms", "best"]) == 2
+
+
+@pytest.mark.parametrize(("code", "fine"), [(0, True), (1, True), (2, False)])
+def test_a_demonstration_that_did_not_learn_is_a_result(tmp_path, monkeypatch, code, fine):
+    (tmp_path / "fake_job.py").write_text(
+        "import pathlib, sys\n"
+        "folder = pathlib.Path(sys.argv[-1].partition('=')[2]) / 'latest'\n"
+        "folder.mkdir()\n"
+        "(folder / 'report.json').write_text('{}')\n"
+        "sys.exit(int(sys.argv[1]))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    if fine:
+        assert runs.make_run(tmp_path / "run", "fake_job", [str(code)], print, (0, 1))["report"] == {}
+    else:
+        with pytest.raises(runs.RunFailed, match="exit code 2"):
+            runs.make_run(tmp_path / "run", "fake_job", [str(code)], print, (0, 1))

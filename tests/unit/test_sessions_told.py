@@ -113,6 +113,19 @@ async def test_a_compaction_does_not_record_who_opted_out(tmp_path):
         assert clawrl.recorded() == []
 
 
+async def test_a_history_rewritten_in_its_midst(tmp_path):
+    """Old images are left out of long conversations: what was before them is known, and the last reply all the same."""
+    async with door(tmp_path) as clawrl:
+        talk: list = []
+        first = await say(clawrl, talk, "one", x_session_id="s")
+        second = await say(clawrl, talk, "two, with an image", x_session_id="s")
+        trimmed = [*talk[:2], {"role": "user", "content": "two, [an earlier image]"}, talk[-1]]
+        third = await say(clawrl, trimmed, "three", x_session_id="s")
+        rows = {row["id"]: row for row in turns(clawrl)}
+        assert (rows[third]["parent"], rows[third]["index"]) == (second, 2)
+        assert followed(clawrl) == [(first, False), (second, False)]
+
+
 async def test_replies_of_others_in_between(tmp_path):
     async with door(tmp_path) as clawrl:
         talk: list = []

@@ -51,7 +51,12 @@ def visits(folder: Path) -> list[str]:
 
 
 async def made(working: EnvWorker, *sessions: str) -> list[Episode]:
-    return await asyncio.gather(*(working.run(attempt(session)) for session in sessions))
+    """Each of the sessions to its end, in their order."""
+    await working.begin(*map(attempt, sessions))
+    found: dict[str, Episode] = {}
+    while not found.keys() >= set(sessions):
+        found |= {each.session: each for each in await working.ended(list(found))}
+    return [found[session] for session in sessions]
 
 
 async def test_environments_are_used_again(start, tmp_path):
@@ -68,10 +73,19 @@ async def test_environments_are_used_again(start, tmp_path):
 
 async def test_the_same_attempt_is_made_once_while_it_lasts_and_after(start, endpoint):
     working = start({"seconds": 0.1})
-    first, second = await made(working, "a", "a")
-    (third,) = await made(working, "a")
-    assert first is second is third
-    assert endpoint.requests == {"a": 2}
+    await working.begin(attempt("a"))
+    await made(working, "a")
+    await working.begin(attempt("a"))
+    await made(working, "b")
+    assert endpoint.requests == {"a": 2, "b": 2}
+
+
+async def test_an_end_is_told_until_it_is_taken(start):
+    working = start({})
+    (episode,) = await made(working, "a")
+    assert await working.ended([]) == [episode]
+    await working.begin(attempt("b"))
+    assert [each.session for each in await working.ended(["a"])] == ["b"]
 
 
 async def test_only_the_newest_attempts_are_remembered(start, endpoint, monkeypatch):
@@ -174,5 +188,5 @@ async def test_what_outlives_a_process_carries_the_machines_label(monkeypatch):
         settings = PoolSection(name="terminal", env="envs:clawrl/Terminal-v0", options=options)
         remove_leftovers(settings)
         env: Any = make_env(settings).unwrapped
-        assert env._run_label == asked[-1]
+        assert env._kept.run == asked[-1]
     assert asked == [worker.label(PoolSection(name="x", env="x")), "mine"]

@@ -19,7 +19,13 @@ from jobs.chaos.target import free_port
 
 NODE = "node@24.21.0"
 """First, since OpenClaw's installation runs on it: it refuses what is older than 24.16."""
-PACKAGES = ("openclaw@2026.9.6", "openai@7.55.0", "ai@7", "@ai-sdk/openai-compatible@3", "@ai-sdk/openai@4")
+PACKAGES = (
+    "openclaw@2026.9.6",
+    "openai@7.55.0",
+    "ai@7.0.173",
+    "@ai-sdk/openai-compatible@3.0.92",
+    "@ai-sdk/openai@4.0.118",
+)
 STARTS, READY_S, STOP_S = 3, 90.0, 20.0
 
 

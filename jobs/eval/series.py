@@ -1,0 +1,156 @@
+"""All runs of a plan, made where they were not made yet, and the report on them.
+
+    for every arm × seed: made already? else a run of the job ─► findings ─► table, JSON, picture
+
+Runs are made one after the other, and what was made is kept: the same command, given again, makes the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from clawrl.cli import config_of
+from clawrl.config import Config
+from jobs.eval import findings, picture
+from jobs.eval.plan import Arm, Plan, digest, folder_name, names_of
+from jobs.eval.runs import RunFailed, commit, make_run, result_of
+
+Results = dict[tuple[str, int], dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is run. `seeded` gives the words that make a run another one; `read` what was measured, of its report."""
+
+    verb: str
+    module: str
+    seeded: Callable[[int], Sequence[str]]
+    read: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    codes: Sequence[int] = (0,)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those that all verbs have."""
+    parser.add_argument("--json", metavar="FILE", help="write the findings there too")
+    parser.add_argument(
+        "--out", metavar="NAME", help="NAME.md, NAME.json and NAME.png (default: in the state's folder)"
+    )
+
+
+def evaluate(job: Job, plan: Plan, config: Config, options: argparse.Namespace, command: str) -> int:
+    """Make what is not made yet, and report on all of it; 1 if a run failed. Raises ConfigError."""
+    for arm in plan.arms:
+        config_of(argparse.Namespace(**{**vars(options), "overrides": [*options.overrides, *arm.overrides]}))
+    source = commit()
+    state = Path(config.run_root).resolve() / f"eval-{job.verb}-{digest(config, plan, source)}"
+    results, failures = _make(job, plan, options, state)
+    if not results:
+        print(f"eval: no run came to an end; {'; '.join(failures.values())}", file=sys.stderr)
+        return 1
+    circumstances = {
+        "command": command,
+        "commit": source,
+        "arms": {arm.name: list(arm.overrides) for arm in plan.arms},
+        "budget": f"{plan.limits} in each run",
+        "failed": failures or "none",
+        "cores": os.cpu_count(),
+        "load": {f"{arm} seed {seed}": result["load"] for (arm, seed), result in results.items()},
+    }
+    _report(job, plan, results, circumstances, options, state)
+    return 1 if failures else 0
+
+
+def _make(job: Job, plan: Plan, options: argparse.Namespace, state: Path) -> tuple[Results, dict[str, str]]:
+    """Results by (arm, seed), and why others have none."""
+    results: Results = {}
+    failures: dict[str, str] = {}
+    kept = {(arm.name, seed): result_of(state / folder_name(arm, seed)) for arm, seed in plan.runs}
+    left = [(arm, seed) for arm, seed in plan.runs if kept[arm.name, seed] is None]
+    _say(f"{len(plan.runs)} runs, {len(plan.runs) - len(left)} of them made already; state in {state.name}")
+    if left:
+        _say(f"to make: {names_of(left)}")
+    took: list[float] = []
+    for number, (arm, seed) in enumerate(plan.runs, 1):
+        result, label = kept[arm.name, seed], f"{arm.name} seed {seed}"
+        if result is None:
+            rest = f", about {_rest_minutes(took, left):.0f} min left" if took else ""
+            _say(f"run {number} of {len(plan.runs)}: {label}{rest}")
+            try:
+                words = [*_arguments(plan, arm, options), *job.seeded(seed)]
+                result = make_run(state / folder_name(arm, seed), job.module, words, _prefixed(label), job.codes)
+            except RunFailed as error:
+                failures[label] = str(error)
+                _say(f"{label} failed: {error}")
+                continue
+            took.append(result["seconds"])
+            left.remove((arm, seed))
+            _say(f"{label}: {_outcome(job.read(result['report']))} in {result['seconds']:.0f} s")
+        results[arm.name, seed] = result
+    return results, failures
+
+
+def _arguments(plan: Plan, arm: Arm, options: argparse.Namespace) -> list[str]:
+    config = ["--config", options.config] if options.config else []
+    method = ["--method", options.method] if options.method else []
+    return [*config, *method, *plan.budget, *options.overrides, *arm.overrides]
+
+
+def _report(
+    job: Job, plan: Plan, results: Results, circumstances: dict[str, Any], options: argparse.Namespace, state: Path
+) -> None:
+    reports = {place: job.read(result["report"]) for place, result in results.items()}
+    arms = findings.arm_findings(reports, plan)
+    pairs = findings.pair_findings(arms, plan)
+    text = findings.table(arms, pairs, plan, circumstances)
+    told = {
+        **circumstances,
+        "arms_found": [asdict(each) for each in arms],
+        "pairs": [asdict(each) for each in pairs],
+        "runs": [
+            {"arm": arm, "seed": seed, **{key: each for key, each in result.items() if key != "report"}}
+            for (arm, seed), result in results.items()
+        ],
+    }
+    out = Path(options.out) if options.out else state / "findings"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    whole = json.dumps(told, indent=1) + "\n"
+    for file in (out.with_name(out.name + ".json"), *([Path(options.json)] if options.json else [])):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(whole, encoding="utf-8")
+    title = f"{', '.join(plan.measures)}: seeds {', '.join(map(str, plan.seeds))}; {plan.limits} each"
+    out.with_name(out.name + ".png").unlink(missing_ok=True)
+    picture.draw(reports, arms, plan, title, out.with_name(out.name + ".png"))
+    out.with_name(out.name + ".md").write_text(f"{text}\n![]({out.name}.png)\n", encoding="utf-8")
+    print(text)
+    for ending in ("md", "json", "png"):
+        print(f"wrote {out}.{ending}")
+
+
+def _outcome(report: Mapping[str, Any]) -> str:
+    def share(value: float | None) -> str:
+        return "not measured" if value is None else f"{value:.2f}"
+
+    return ", ".join(
+        f"{part['pool']} {share(part['before']['solved'])} → {share(part['after']['solved'])}"
+        for part in report["pools"]
+    )
+
+
+def _rest_minutes(took: Sequence[float], left: Sequence[Any]) -> float:
+    return sum(took) / len(took) * len(left) / 60
+
+
+def _prefixed(label: str) -> Any:
+    return lambda line: print(f"[{label}] {line}", file=sys.stderr, flush=True)
+
+
+def _say(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)

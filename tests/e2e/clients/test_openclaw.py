@@ -21,7 +21,7 @@ from npm import Npm, OpenClaw
 from running import Server
 
 from clawrl.journal.store import JournalReader
-from clawrl.serving.normalisers import said
+from clawrl.serving.normalisers import said, side_marker
 from clawrl.types import Message, NextState, Turn
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
@@ -37,6 +37,8 @@ class Obedient(Echo):
     """Calls the tool that a person orders, if the request offers it; is silent on polls; else says `Answer <n>.`"""
 
     def reply(self, body: dict[str, Any]) -> Message:
+        if side_marker(body["messages"], bool(body.get("tools"))) == "OpenClaw: compaction":
+            return {"role": "assistant", "content": _summary(said(body["messages"])[-1].text)}
         self._answered += 1
         last = said(body["messages"])[-1]
         offered = {tool["function"]["name"] for tool in body.get("tools") or ()}
@@ -47,6 +49,13 @@ class Obedient(Echo):
             return {"role": "assistant", "content": None, "tool_calls": [call]}
         poll = last.role == "user" and "heartbeat" in last.text
         return {"role": "assistant", "content": "NO_REPLY" if poll else f"Answer {self._answered}."}
+
+
+def _summary(text: str) -> str:
+    """As OpenClaw wants one: it checks the sections, and that the last words are in it."""
+    sections = {"Decisions": text.replace("#", "")[-4000:], "Open TODOs": "None.", "Constraints/Rules": "None."}
+    sections |= {"Pending user asks": "None.", "Exact identifiers": "None."}
+    return "\n\n".join(f"## {name}\n{words}" for name, words in sections.items())
 
 
 class Seen:
@@ -238,6 +247,7 @@ def test_a_turn_of_the_real_engine(npm: Npm, server: Server, tmp_path: Path):
         '  api.on("before_prompt_build", () => ({ systemPrompt: "You are a helpful assistant." })); } };\n'
     )
     config = small(documented(), server.url)
+    del config["tools"]
     config["plugins"] |= {
         "load": {"paths": [str(plugin)]},
         "entries": {

@@ -33,7 +33,7 @@ from clawrl.serving.local import why_not_local
 from clawrl.serving.openapi import described
 from clawrl.serving.placing import Placing
 from clawrl.serving.prefix import Prefixed
-from clawrl.serving.responses import Responses, items_before
+from clawrl.serving.responses import Responses, items_before, items_of, referred
 from clawrl.serving.sessions import Identity, identify, request_digest
 from clawrl.serving.streams import EVENT_STREAM, NO_CACHE, refusal
 from clawrl.serving.surfaces import DONE, Chat, Completions, Surface
@@ -223,7 +223,7 @@ class Gateway:
         self, request: Request, surface: Surface, body: dict[str, Any], key: Key | None, arrived: float
     ) -> Response:
         user = None if key is None else key.user
-        if surface.path == Responses.path and body.get("previous_response_id") is not None:
+        if surface.path == Responses.path:
             await self._resolve(body, user)
         chat = surface.read(body, self._policy_settings)
         identity = identify(request.headers, chat, user)
@@ -240,19 +240,33 @@ class Gateway:
         return await self._answering.answer(asked, request)
 
     async def _resolve(self, body: dict[str, Any], user: str | None) -> None:
-        """Put the conversation that `previous_response_id` names before the input. Raises GatewayError 404."""
-        id = body.pop("previous_response_id")
-        turn = await self._journal.turn.remote(id) if isinstance(id, str) and "\x00" not in id else None
+        """Put what `previous_response_id` and references to items stand for into the input. Raises GatewayError 404."""
         whose = user or str(body.get("user") or LOCAL_USER)
-        if turn is None or turn.user != whose or not len(turn.capture.prompt_ids):
-            raise GatewayError(
-                f"there is no response {id!r} of yours; send the whole conversation as input",
-                status=404,
-                param="previous_response_id",
-            )
         given = body.get("input")
-        items = given if isinstance(given, list) else [{"type": "message", "role": "user", "content": given}]
-        body["input"] = [*items_before(turn), *items]
+        if isinstance(given, list) and any(_is_reference(item) for item in given):
+            body["input"] = [each for item in given for each in await self._items(item, whose)]
+        id = body.pop("previous_response_id", None)
+        if id is not None:
+            turn = await self._answered(id, whose, "previous_response_id")
+            given = body.get("input")
+            items = given if isinstance(given, list) else [{"type": "message", "role": "user", "content": given}]
+            body["input"] = [*items_before(turn), *items]
+
+    async def _items(self, item: Any, whose: str) -> list[Any]:
+        """An item of the input, or what it refers to."""
+        if not _is_reference(item):
+            return [item]
+        found = referred(item)
+        turn = await self._answered(found[0] if found else item.get("id"), whose, "input")
+        return items_of(turn, *found[1:]) if found else []
+
+    async def _answered(self, id: Any, whose: str, param: str) -> Turn:
+        """The turn behind a response of this user's. Raises GatewayError 404."""
+        turn = await self._journal.turn.remote(id) if isinstance(id, str) and "\x00" not in id else None
+        if turn is None or turn.user != whose or not len(turn.capture.prompt_ids):
+            message = f"there is no response or item {id!r} of yours; send the whole conversation as input"
+            raise GatewayError(message, status=404, param=param)
+        return turn
 
     # -- a request sent twice ------------------------------------------------------------------------------------------
 
@@ -289,6 +303,10 @@ class Gateway:
             return JSONResponse(replay.completion(turn, model))
         events = [*replay.events(turn, model, usage=bool(options.get("include_usage"))), DONE]
         return StreamingResponse(iter(events), media_type=EVENT_STREAM, headers=NO_CACHE)
+
+
+def _is_reference(item: Any) -> bool:
+    return isinstance(item, dict) and item.get("type") == "item_reference"
 
 
 async def _raise(error: GatewayError) -> Response:

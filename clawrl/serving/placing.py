@@ -22,7 +22,7 @@ from clawrl.config import PrivacySection
 from clawrl.errors import GatewayError
 from clawrl.serving.consent import HEADER, OptOuts
 from clawrl.serving.redaction import Redactor
-from clawrl.serving.sessions import Continuation, Identity, continuation, digest
+from clawrl.serving.sessions import Continuation, Identity, continuation, digest, session_before
 from clawrl.types import Consent, Message, NextState, Turn
 
 log = logging.getLogger(__name__)
@@ -137,13 +137,31 @@ class Placing:
             return earlier or Found(None, fresh_session, 0, how)
         last = await self._journal.last_turn.remote(identity.user, identity.session)
         if last is None:
-            return earlier or Found(None, identity.session, 0, "the session's first")
+            compacted = await self._compacted(seen, identity)
+            return compacted or earlier or Found(None, identity.session, 0, "the session's first")
         turn, session, index = last[:3]
-        if seen.reply is not None:
-            said = await self._journal.turn.remote(turn)
-            if said is not None and digest([said.reply]) == seen.reply:
-                return Found(turn, session, index + 1, "its last reply, before it a rewritten history", answers=True)
+        if await self._said(turn, seen.reply):
+            return Found(turn, session, index + 1, "its last reply, before it a rewritten history", answers=True)
         return earlier or Found(None, session, index + 1, "its history is of no turn of the session")
+
+    async def _compacted(self, seen: Continuation, identity: Identity) -> Found | None:
+        """What a session goes on with whose name a compaction has changed; `/new`, which does too, has no history."""
+        before = session_before(identity)
+        if before is None or identity.session is None or seen.reply is None:
+            return None
+        if self.opt_outs.cover(identity.user, before):
+            return Found(UNRECORDED, identity.session, 0, "")
+        last = await self._journal.last_turn.remote(identity.user, before)
+        if last is None or not await self._said(last[0], seen.reply):
+            return None
+        return Found(last[0], identity.session, last[2] + 1, "the last reply before a compaction", answers=True)
+
+    async def _said(self, turn: str, reply: str | None) -> bool:
+        """Whether the turn's reply is the one of this digest."""
+        if reply is None:
+            return False
+        said = await self._journal.turn.remote(turn)
+        return said is not None and digest([said.reply]) == reply
 
     async def _remember(self, user: str) -> None:
         """A conversation without a session opts out: its own mark says so, and one word, for all of the user's, that

@@ -7,6 +7,7 @@ What it asks is recorded as the chat request that it amounts to, so that a conve
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,12 +19,21 @@ from clawrl.serving.normalisers import content_text
 from clawrl.types import Message, Tool, Turn
 
 _TEXT_PARTS = ("input_text", "output_text", "text")
+_RESPONSE = re.compile(r'"resp_([0-9a-f]{32})"')
+_ITEM = re.compile(r'("(?:id|item_id)": ?)"(msg|rs|fc)_([0-9a-f]+)"')
+_OWN_ITEM = re.compile(r"(msg|rs|fc)_([0-9a-f]{32})_(\d+)")
 
 
 class Responses:
-    """The route. The engine keeps no responses: `previous_response_id` is resolved from the journal beforehand."""
+    """The route, for one request. The engine keeps no responses: `previous_response_id` and references to items are
+    resolved from the journal beforehand, which is why the ids of items name their response.
+    """
 
     path, method, last_event = "/v1/responses", "respond", ""
+
+    def __init__(self) -> None:
+        self._request = ""
+        self._items: dict[str, str] = {}  # the engine's ids of them, and ours
 
     def read(self, body: dict[str, Any], settings: PolicySection) -> dict[str, Any]:
         if body.get("background"):
@@ -42,7 +52,14 @@ class Responses:
         return f"resp_{request}"
 
     def shown(self, piece: str) -> str:
-        return piece
+        named = _RESPONSE.search(piece) if not self._request else None
+        self._request = named[1] if named else self._request
+        return _ITEM.sub(self._named, piece) if self._request else piece
+
+    def _named(self, found: re.Match[str]) -> str:
+        key, kind, _ = found.groups()
+        number = sum(each.startswith(kind) for each in self._items)
+        return f'{key}"{self._items.setdefault(f"{kind}_{found[3]}", f"{kind}_{self._request}_{number}")}"'
 
     def answered(self, answer: dict[str, Any]) -> tuple[Message, str]:
         return reply_of(answer)
@@ -162,6 +179,27 @@ def items_before(turn: Turn) -> list[dict[str, Any]]:
         for call in message.get("tool_calls") or ():
             items.append({"type": "function_call", "call_id": call.get("id"), **call["function"]})
     return items
+
+
+def referred(item: dict[str, Any]) -> tuple[str, str, int] | None:
+    """(response id, kind, number) of an `item_reference`; None if it is none that was made here."""
+    own = _OWN_ITEM.fullmatch(str(item.get("id")))
+    return (f"resp_{own[2]}", own[1], int(own[3])) if own else None
+
+
+def items_of(turn: Turn, kind: str, number: int) -> list[dict[str, Any]]:
+    """What a reference to an item of a turn's reply stands for: at most one item; thoughts are not sent back.
+
+    A stream names every call twice, when it begins and in the end, in the same order.
+    """
+    reply = turn.reply
+    if kind == "msg":
+        return [{"type": "message", "role": "assistant", "content": content_text(reply.get("content"))}]
+    calls = reply.get("tool_calls") or ()
+    if kind != "fc" or not calls:
+        return []
+    call = calls[number % len(calls)]
+    return [{"type": "function_call", "call_id": call.get("id"), **call["function"]}]
 
 
 def _call(item: dict[str, Any]) -> dict[str, Any]:

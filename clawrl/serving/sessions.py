@@ -29,6 +29,7 @@ EARLIER = 16
 NAME_BYTES = 1000
 """Of a user or session: both stand in one index entry, of which PostgreSQL takes 2,700 bytes."""
 _SESSION_HEADERS = ("x-session-affinity", "session_id", "session-id")
+_BOUNDARY = re.compile(r"(.+):([1-9]\d{0,8})")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
@@ -96,6 +97,12 @@ def identify(headers: Mapping[str, str], body: Mapping[str, Any], key_user: str 
         scope="" if key_user is None else said_user,
         done=done in ("yes", "true", "1"),
     )
+
+
+def session_before(identity: Identity) -> str | None:
+    """The name before this one, where OpenClaw's affinity header counts (`<id>:<n>`) compactions and `/new`."""
+    counted = _BOUNDARY.fullmatch(identity.session or "") if identity.named_by == _SESSION_HEADERS[0] else None
+    return f"{counted[1]}:{int(counted[2]) - 1}" if counted else None
 
 
 def _kind(headers: Mapping[str, str], body: Mapping[str, Any]) -> tuple[TurnKind, str]:

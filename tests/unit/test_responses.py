@@ -1,13 +1,22 @@
 """`/v1/responses` as the chat request that it amounts to, and back."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from echo_door import door
 
 from clawrl.config import PolicySection
 from clawrl.errors import GatewayError
-from clawrl.serving.responses import ResponseAssembler, Responses, chat_messages, items_before, reply_of
+from clawrl.serving.responses import (
+    ResponseAssembler,
+    Responses,
+    chat_messages,
+    items_before,
+    items_of,
+    referred,
+    reply_of,
+)
 from clawrl.serving.sessions import digest
 from clawrl.testing import ScriptedPolicy
 
@@ -107,6 +116,46 @@ async def test_an_unknown_previous_response_is_404(tmp_path):
             refused = await client.post("/v1/responses", json={"input": "x", "previous_response_id": id})
             assert refused.status_code == 404
             assert refused.json()["error"]["param"] == "previous_response_id"
+
+
+def test_items_are_named_after_their_response():
+    """One name for an item in all events of a stream, whichever request it is of; words are left alone."""
+    surface, request = Responses(), "a" * 32
+    begun = surface.shown(f'data: {{"response":{{"id":"resp_{request}","output":[]}}}}\n\n')
+    assert begun == f'data: {{"response":{{"id":"resp_{request}","output":[]}}}}\n\n'
+    added = surface.shown('data: {"item":{"id":"fc_12ab","type":"function_call"}}\n\n')
+    assert json.loads(added[6:])["item"]["id"] == f"fc_{request}_0"
+    rest = [{"item_id": "fc_12ab", "delta": '"id":"fc_12ab"'}, {"id": "msg_77"}, {"id": "fc_34cd"}, {"id": "call_12"}]
+    shown = json.loads(surface.shown(json.dumps(rest)))
+    assert shown[0] == {"item_id": f"fc_{request}_0", "delta": '"id":"fc_12ab"'}
+    assert [each["id"] for each in shown[1:]] == [f"msg_{request}_0", f"fc_{request}_1", "call_12"]
+
+
+def test_a_reference_stands_for_what_was_said():
+    turn = ScriptedPolicy().turn([{"role": "user", "content": "?"}])
+    calls = [{"id": f"call_{n}", "type": "function", "function": {"name": f"f{n}", "arguments": "{}"}} for n in (0, 1)]
+    turn = replace(turn, reply={"role": "assistant", "content": "four", "tool_calls": calls})
+    assert referred({"id": f"fc_{'b' * 32}_3"}) == (f"resp_{'b' * 32}", "fc", 3)
+    assert referred({"id": "msg_1"}) is None
+    assert items_of(turn, "msg", 0) == [{"type": "message", "role": "assistant", "content": "four"}]
+    assert [items_of(turn, "fc", n)[0]["call_id"] for n in range(4)] == ["call_0", "call_1"] * 2
+    assert items_of(turn, "rs", 0) == []
+
+
+async def test_references_are_resolved_for_whom_they_belong_to(tmp_path):
+    async with door(tmp_path) as clawrl, clawrl.client() as client:
+        first = (await client.post("/v1/responses", json={"input": "one", "user": "ann"})).json()["id"]
+        item = {"type": "item_reference", "id": f"msg_{first.removeprefix('resp_')}_0"}
+        talk = [{"role": "user", "content": "one"}, item, {"role": "user", "content": "two"}]
+        second = await client.post("/v1/responses", json={"input": talk, "user": "ann"})
+        assert second.status_code == 200, second.text
+        ((messages, parent, _),) = clawrl.rows(
+            f"SELECT messages, parent, seq FROM turns WHERE id = '{second.json()['id']}'"
+        )
+        assert (json.loads(messages)[1]["content"], parent) == ("1: one", first)
+        for user, asked in (("eve", item), ("ann", {**item, "id": "msg_1"}), ("ann", {"type": "item_reference"})):
+            refused = await client.post("/v1/responses", json={"input": [asked, talk[2]], "user": user})
+            assert (refused.status_code, refused.json()["error"]["param"]) == (404, "input")
 
 
 async def test_embeddings_are_a_clear_404(tmp_path):

@@ -89,6 +89,30 @@ async def test_a_rewritten_history_in_a_named_session(tmp_path):
         assert third not in [turn for turn, _ in followed(clawrl)], "what answers another's reply is no next state"
 
 
+async def test_a_compaction_that_renames_the_session(tmp_path):
+    """OpenClaw's affinity header counts compactions and `/new`: only what has a history goes on."""
+    async with door(tmp_path) as clawrl:
+        talk: list = []
+        before = await say(clawrl, talk, "one", x_session_affinity="s:3")
+        compacted = [{"role": "user", "content": "Summary: one was said."}, *talk[-1:]]
+        after = await say(clawrl, compacted, "two", x_session_affinity="s:4")
+        anew = await say(clawrl, [], "three", x_session_affinity="s:5")
+        rows = {row["id"]: row for row in turns(clawrl)}
+        assert (rows[after]["parent"], rows[after]["index"]) == (before, 1)
+        assert "before a compaction" in rows[after]["reason"]
+        assert (rows[anew]["parent"], rows[anew]["index"]) == (None, 0)
+        assert [turn for turn, _ in followed(clawrl)] == [before]
+
+
+async def test_a_compaction_does_not_record_who_opted_out(tmp_path):
+    async with door(tmp_path) as clawrl:
+        talk = [{"role": "user", "content": "one"}]
+        assert await clawrl.say(talk, x_session_affinity="s:0", x_train="no")
+        compacted = [{"role": "user", "content": "Summary."}, *talk[-1:], {"role": "user", "content": "two"}]
+        assert await clawrl.say(compacted, x_session_affinity="s:1")
+        assert clawrl.recorded() == []
+
+
 async def test_a_history_rewritten_in_its_midst(tmp_path):
     """Old images are left out of long conversations: what was before them is known, and the last reply all the same."""
     async with door(tmp_path) as clawrl:

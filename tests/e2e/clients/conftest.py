@@ -1,4 +1,4 @@
-"""An environment of their own for clients that do not fit beside clawrl's locked packages."""
+"""Environments of their own for clients that do not fit beside clawrl's locked packages, Python's and npm's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from npm import Npm
 
 PACKAGES = ("langchain-openai==1.7.4", "litellm==1.110.2")
 
@@ -24,3 +25,17 @@ def client_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
         reason = f"{', '.join(PACKAGES)} cannot be installed: {ended.stderr[-400:]}"
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
     return python
+
+
+@pytest.fixture(scope="session")
+def npm(tmp_path_factory: pytest.TempPathFactory) -> Npm:
+    """Node.js with OpenClaw and the SDKs; skips where npm cannot be reached.
+
+    `CLAWRL_NPM_PREFIX` names a folder in which the installation (1 GB) is kept from run to run.
+    """
+    kept = os.environ.get("CLAWRL_NPM_PREFIX")
+    npm = Npm(Path(kept) if kept else tmp_path_factory.mktemp("npm"))
+    reason = npm.install()
+    if reason is not None:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+    return npm

@@ -1,14 +1,19 @@
-"""A real gateway and journal in one process, with a policy that echoes: for tests of what stands between them.
+"""A real gateway and journal in one process, with a policy that echoes or follows a script: for tests of what stands
+between them, and of the clients before them.
 
-Only Ray's calls are replaced, by awaiting the method itself.
+Only Ray's calls are replaced, by awaiting the method itself. The gateway listens on a port of its own, so that real
+programs can be pointed at it.
 """
 
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, closing
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import httpx
@@ -21,7 +26,7 @@ from clawrl.serving.capture import Finished
 from clawrl.serving.gateway import Gateway
 from clawrl.serving.keys import KeyRing
 from clawrl.serving.normalisers import content_text
-from clawrl.types import Capture, VersionSpan
+from clawrl.types import Capture, Message, VersionSpan
 
 
 class Local:
@@ -51,16 +56,27 @@ class Echo:
     async def status(self) -> dict[str, Any]:
         return {"replica": "echo", "version": 0, "streams": 0}
 
+    def reply(self, body: dict[str, Any]) -> Message:
+        """The assistant's message; a script of one's own overrides this."""
+        return {"role": "assistant", "content": self._says(content_text(body["messages"][-1].get("content")))}
+
     def chat(self, body: dict[str, Any], request: str) -> "Pieces":
-        said, id = self._says(content_text(body["messages"][-1].get("content"))), f"chatcmpl-{request}"
+        message, id = self.reply(body), f"chatcmpl-{request}"
+        said = json.dumps(message) if message.get("tool_calls") else message["content"]
+        reason = "tool_calls" if message.get("tool_calls") else "stop"
+        asked, answered = len(json.dumps(body["messages"])) // 4, len(said) // 4
+        usage = {"prompt_tokens": asked, "completion_tokens": answered, "total_tokens": asked + answered}
         if not body.get("stream"):
-            choice = {"message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
-            return Pieces(
-                said, [json.dumps({"id": id, "object": "chat.completion", "model": "m", "choices": [choice]})]
-            )
-        deltas = [{"delta": {"content": letter}, "finish_reason": None} for letter in said]
-        chunks = [{"id": id, "choices": [each]} for each in [*deltas, {"delta": {}, "finish_reason": "stop"}]]
-        return Pieces(said, [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks])
+            choice = {"index": 0, "message": message, "finish_reason": reason}
+            answer = {"id": id, "object": "chat.completion", "model": "m", "choices": [choice], "usage": usage}
+            return Pieces(said, [json.dumps(answer)])
+        deltas = [{"delta": delta, "finish_reason": None} for delta in _deltas(message)]
+        choices = [*deltas, {"delta": {}, "finish_reason": reason}]
+        chunks: list[dict[str, Any]] = [{"choices": [{"index": 0, **each}]} for each in choices]
+        if (body.get("stream_options") or {}).get("include_usage"):
+            chunks.append({"choices": [], "usage": usage})
+        head = {"id": id, "object": "chat.completion.chunk", "created": int(time.time())}
+        return Pieces(said, [f"data: {json.dumps({**head, **chunk})}\n\n" for chunk in chunks])
 
     def complete(self, body: dict[str, Any], request: str) -> "Pieces":
         said = self._says(str(body["prompt"]))
@@ -80,6 +96,17 @@ class Echo:
     def _says(self, heard: str) -> str:
         self._answered += 1
         return f"{self._answered}: {heard}"
+
+
+def _deltas(message: Message) -> Iterator[dict[str, Any]]:
+    """A message as OpenAI streams it: the role, the words, each call's name, then its arguments piece by piece."""
+    yield {"role": "assistant", "content": ""}
+    yield from ({"content": letter} for letter in message.get("content") or "")
+    for index, call in enumerate(message.get("tool_calls") or ()):
+        function = call["function"]
+        yield {"tool_calls": [{**call, "index": index, "function": {"name": function["name"], "arguments": ""}}]}
+        for at in range(0, len(function["arguments"]), 8):
+            yield {"tool_calls": [{"index": index, "function": {"arguments": function["arguments"][at : at + 8]}}]}
 
 
 class Pieces:
@@ -117,6 +144,11 @@ class Door:
 
     def __init__(self, url: str, journal: Journal, gateways: list[Gateway]) -> None:
         self.url, self.journal, self._gateways = url, journal, gateways
+
+    @property
+    def address(self) -> str:
+        """Where programs find the first replica."""
+        return f"http://127.0.0.1:{self._gateways[0]._settings.port}"
 
     def client(self, replica: int = 0, peer: str = "127.0.0.1", **headers: str) -> httpx.AsyncClient:
         """A client of a replica, without a socket."""
@@ -188,3 +220,29 @@ async def door(
     finally:
         await journal.close()
         await asyncio.gather(*(Gateway.__del__(replica) for replica in gateways))
+
+
+@contextmanager
+def serving(folder: Path, policy: Any) -> Iterator[Door]:
+    """A door in a thread of its own, for programs that are waited for."""
+    opened: Future[tuple[Door, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+
+    async def serve() -> None:
+        ended = asyncio.Event()
+        try:
+            async with door(folder, policy=policy) as served:
+                opened.set_result((served, asyncio.get_running_loop(), ended))
+                await ended.wait()
+        except Exception as error:
+            if opened.done():
+                raise
+            opened.set_exception(error)
+
+    thread = Thread(target=lambda: asyncio.run(serve()), name="door")
+    thread.start()
+    served, loop, ended = opened.result(30)
+    try:
+        yield served
+    finally:
+        loop.call_soon_threadsafe(ended.set)
+        thread.join(30)

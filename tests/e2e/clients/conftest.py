@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from npm import Npm
+from npm import OPENCLAW, SDKS, Npm
 
 PACKAGES = ("langchain-openai==1.7.4", "litellm==1.110.2")
 
@@ -28,14 +29,27 @@ def client_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def npm(tmp_path_factory: pytest.TempPathFactory) -> Npm:
-    """Node.js with OpenClaw and the SDKs; skips where npm cannot be reached.
-
-    `CLAWRL_NPM_PREFIX` names a folder in which the installation (1 GB) is kept from run to run.
-    """
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`CLAWRL_NPM_PREFIX` names a folder in which what npm installs (1 GB with OpenClaw) is kept from run to run."""
     kept = os.environ.get("CLAWRL_NPM_PREFIX")
-    npm = Npm(Path(kept) if kept else tmp_path_factory.mktemp("npm"))
-    reason = npm.install()
+    return Path(kept) if kept else tmp_path_factory.mktemp("npm")
+
+
+@pytest.fixture(scope="session")
+def npm(prefix: Path) -> Npm:
+    """Node.js with the SDKs; skips where npm cannot be reached."""
+    return _installed(prefix, SDKS)
+
+
+@pytest.fixture(scope="session")
+def openclaw(prefix: Path) -> Npm:
+    """The same with OpenClaw."""
+    return _installed(prefix, OPENCLAW)
+
+
+def _installed(prefix: Path, packages: Sequence[str]) -> Npm:
+    found = Npm(prefix)
+    reason = found.install(packages)
     if reason is not None:
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
-    return npm
+    return found

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,8 @@ from jobs.chaos.target import free_port
 
 NODE = "node@24.21.0"
 """First, since OpenClaw's installation runs on it: it refuses what is older than 24.16."""
-PACKAGES = (
-    "openclaw@2026.9.6",
-    "openai@7.55.0",
-    "ai@7.0.173",
-    "@ai-sdk/openai-compatible@3.0.92",
-    "@ai-sdk/openai@4.0.118",
-)
+SDKS = ("openai@7.55.0", "ai@7.0.173", "@ai-sdk/openai-compatible@3.0.92", "@ai-sdk/openai@4.0.118")
+OPENCLAW = ("openclaw@2026.9.6",)
 STARTS, READY_S, STOP_S = 3, 90.0, 20.0
 
 
@@ -46,23 +41,23 @@ class Npm:
         kept = {name: os.environ[name] for name in ("LANG", "TMPDIR") if name in os.environ}
         return {**kept, "PATH": path, "NO_COLOR": "1", "CI": "1"}
 
-    def install(self) -> str | None:
+    def install(self, packages: Sequence[str]) -> str | None:
         """Why it failed; None if all is there."""
         if shutil.which("npm") is None:
             return "no npm in PATH"
         npm = ["npm", "install", "--prefix", str(self.prefix), "--no-audit", "--no-fund", "--loglevel", "error"]
-        for packages in ((NODE,), PACKAGES):
-            if all((self.modules / name_of(each) / "package.json").exists() for each in packages):
+        for wanted in ((NODE,), packages):
+            if all((self.modules / name_of(each) / "package.json").exists() for each in wanted):
                 continue
             ended = subprocess.run(
-                [*npm, *packages],
+                [*npm, *wanted],
                 capture_output=True,
                 text=True,
                 timeout=600,
                 env={**os.environ, "PATH": self.environment["PATH"]},
             )
             if ended.returncode != 0:
-                return f"npm cannot install {', '.join(packages)}: {ended.stderr[-600:]}"
+                return f"npm cannot install {', '.join(wanted)}: {ended.stderr[-600:]}"
         return None
 
     def node(self, program: str, *arguments: str, timeout_s: float = 300) -> Any:

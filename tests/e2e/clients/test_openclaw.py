@@ -24,7 +24,7 @@ from clawrl.journal.store import JournalReader
 from clawrl.serving.normalisers import said, side_marker
 from clawrl.types import Message, NextState, Turn
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[3]
 PLUGIN = ROOT / "clawrl" / "integrations" / "openclaw"
@@ -120,11 +120,11 @@ def small(config: dict[str, Any], url: str, *tools: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def story(npm: Npm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
+def story(openclaw: Npm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
     folder = tmp_path_factory.mktemp("openclaw")
     (folder / "journal").mkdir()
     with serving(folder / "journal", Obedient()) as door:
-        claw = OpenClaw(npm, folder, small(documented(), door.address, "sessions_spawn"))
+        claw = OpenClaw(openclaw, folder, small(documented(), door.address, "sessions_spawn"))
         assert "Answer 2." in claw.say(LOOK, "--local")
 
         def has(reason: str) -> Callable[[], bool]:
@@ -213,12 +213,12 @@ def test_titles_and_cron_jobs_are_side(story: Seen):
     story.side("cron")
 
 
-def test_the_plugin_says_it_by_headers(npm: Npm, tmp_path: Path):
+def test_the_plugin_says_it_by_headers(openclaw: Npm, tmp_path: Path):
     (tmp_path / "journal").mkdir()
     config = json.loads((PLUGIN / "openclaw.json").read_text())
     config["plugins"]["load"]["paths"] = [str(shutil.copytree(PLUGIN, tmp_path / "plugin"))]
     with serving(tmp_path / "journal", Obedient()) as door:
-        claw = OpenClaw(npm, tmp_path, small(config, door.address, "sessions_spawn"))
+        claw = OpenClaw(openclaw, tmp_path, small(config, door.address, "sessions_spawn"))
         with claw.gateway():
             claw.say("One: hello.")
             claw.say("Two: still there?")
@@ -235,7 +235,7 @@ def test_the_plugin_says_it_by_headers(npm: Npm, tmp_path: Path):
     assert [bool(done) for turn, done in states if turn == two.id] == [True]
 
 
-def test_a_turn_of_the_real_engine(npm: Npm, server: Server, tmp_path: Path):
+def test_a_turn_of_the_real_engine(openclaw: Npm, server: Server, tmp_path: Path):
     """The built-in model's context holds no prompt of OpenClaw's own, so a plugin gives a short one; no tools."""
     plugin = tmp_path / "short"
     plugin.mkdir()
@@ -258,7 +258,7 @@ def test_a_turn_of_the_real_engine(npm: Npm, server: Server, tmp_path: Path):
         "maxTokens": 128,
         "compat": {"sendSessionAffinityHeaders": True, "supportsTools": False},
     }
-    claw = OpenClaw(npm, tmp_path / "claw", config)
+    claw = OpenClaw(openclaw, tmp_path / "claw", config)
     claw.say("OpenClaw: Tom has 3 apples and buys 4 more. How many has he?", "--local")
     claw.say("OpenClaw: are you sure?", "--local")
     with closing(server.journal()) as journal, journal.database.reader.connect() as connection:

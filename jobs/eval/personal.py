@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from clawrl.cli import add_config_options, config_of
+from clawrl.cli import config_of
 from jobs.eval.plan import Plan, arms_of, parse_seeds
 from jobs.eval.series import Job, add_options, evaluate
 
@@ -29,17 +29,9 @@ MEASURES = {"liked": "score", "right": "correct", "working shown": "shows_work"}
 def parser() -> argparse.ArgumentParser:
     about = "objectives and seeds with a simulated person: first replies to held-out problems before and after"
     parser = argparse.ArgumentParser(prog="python -m jobs.eval personal", description=about)
-    add_config_options(parser)
-    parser.add_argument(
-        "--arms",
-        default="hybrid,rl,opd,opd-token",
-        help=f"{', '.join(ARMS)} or name=section.key:value; the first is what others are held against "
-        "(default: %(default)s)",
-    )
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="of each arm (default: %(default)s)")
+    add_options(parser, words=", ".join(ARMS), arms="hybrid,rl,opd,opd-token", seeds=5)
     parser.add_argument("--conversations", type=int, default=400, help="of each run (default: %(default)s)")
     parser.add_argument("--problems", type=int, default=400, help="held-out problems (default: %(default)s)")
-    add_options(parser)
     return parser
 
 

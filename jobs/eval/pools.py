@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from clawrl.cli import add_config_options, config_of
+from clawrl.cli import config_of
 from clawrl.config import Config
 from clawrl.errors import ConfigError
 from jobs.eval.plan import Plan, arms_of, parse_seeds
@@ -18,18 +18,10 @@ PROCESS_WEIGHT = 0.3
 def parser() -> argparse.ArgumentParser:
     about = "arms (settings) and seeds on a config with [[pools]]: what is solved before and after training"
     parser = argparse.ArgumentParser(prog="python -m jobs.eval pools", description=about)
-    add_config_options(parser)
-    parser.add_argument(
-        "--arms",
-        default="outcome,process",
-        help="outcome, process, process:WEIGHT or name=section.key:value; the first is what others are held against "
-        "(default: %(default)s)",
-    )
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="of each arm (default: %(default)s)")
+    add_options(parser, words="outcome, process, process:WEIGHT", arms="outcome,process", seeds=3)
     parser.add_argument("--versions", type=int, default=20, help="of each run (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=15.0, help="of training in each run (default: %(default)s)")
     parser.add_argument("--tasks", type=int, default=200, help="held-out tasks of each pool (default: %(default)s)")
-    add_options(parser)
     return parser
 
 

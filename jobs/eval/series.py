@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from clawrl.cli import config_of
+from clawrl.cli import add_config_options, config_of
 from clawrl.config import Config
 from jobs.eval import findings, picture
 from jobs.eval.plan import Arm, Plan, digest, folder_name, names_of
@@ -37,8 +37,15 @@ class Job:
     codes: Sequence[int] = (0,)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Those that all verbs have."""
+def add_options(parser: argparse.ArgumentParser, *, words: str, arms: str, seeds: int) -> None:
+    """Those that all verbs have; `words` lists the arms with names of their own, the others are defaults."""
+    add_config_options(parser)
+    parser.add_argument(
+        "--arms",
+        default=arms,
+        help=f"{words} or name=section.key:value; the first is what others are held against (default: %(default)s)",
+    )
+    parser.add_argument("--seeds", type=int, default=seeds, metavar="N", help="of each arm (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the findings there too")
     parser.add_argument(
         "--out", metavar="NAME", help="NAME.md, NAME.json and NAME.png (default: in the state's folder)"

@@ -33,7 +33,7 @@ from jobs.bench.serving import conversations, require_whole
 from jobs.bench.stage import stage
 from jobs.chaos.target import free_port
 
-LITELLM = "litellm[proxy]==1.110.2"
+LITELLM = "litellm[proxy]==1.106.12"
 STREAMS = (1, 16, 64)
 ADDED_MS = 6.0
 SHARE = 0.9

@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -128,7 +128,23 @@ class PolicySection(EngineSection):
     max_choices: int = Field(default=8, ge=1, description="Largest n of a request; more than one is a side turn.")
 
 
+class LoraSection(Section):
+    """Versions are adapters (LoRA, arXiv:2106.09685): the base stays as it is, W = W0 + alpha/rank · B·A."""
+
+    rank: Literal[1, 8, 16, 32, 64, 128, 256] = Field(default=16, description="Of A and B; the engine knows these.")
+    alpha: float = Field(default=32.0, gt=0, description="Scale of the update, over rank.")
+    targets: tuple[str, ...] = Field(
+        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        min_length=1,
+        description="Linear layers that are adapted, by the last part of their name.",
+    )
+    in_batch: int = Field(default=4, ge=2, description="Adapters that one step of the engine can serve.")
+
+
 class JudgeSection(EngineSection):
+    engine: Literal["own", "policy"] = Field(
+        default="own", description="`policy`: the policy's engine without its adapter; then the engine's keys are its."
+    )
     prompts: Literal["tiny", "full"] = "tiny"
     votes: int = Field(default=3, ge=1, le=16)
     temperature: float = Field(default=0.6, ge=0, le=2)
@@ -345,6 +361,7 @@ class Config(Section):
     privacy: PrivacySection = PrivacySection()
     policy: PolicySection = PolicySection()
     judge: JudgeSection = JudgeSection()
+    lora: LoraSection | None = Field(default=None, description="Without this section all weights are trained.")
     learning: LearningSection = LearningSection()
     buffer: BufferSection = BufferSection()
     trainer: TrainerSection = TrainerSection()
@@ -364,11 +381,16 @@ class Config(Section):
         scored_by_judge = self.learning.kl_weight > 0 or (
             self.learning.method != "rl" and self.learning.teacher == "frozen"
         )
-        if scored_by_judge and self.judge.model != self.policy.model:
+        if self.judge.engine == "own" and scored_by_judge and self.judge.model != self.policy.model:
             raise ValueError(
                 "the frozen teacher and the KL reference are the judge's engine, which must hold the policy's initial "
                 f"weights, but judge.model={self.judge.model!r} and policy.model={self.policy.model!r}; use one model, "
                 "or set learning.teacher=current and learning.kl_weight=0"
+            )
+        if self.judge.engine == "policy" and self.lora is None:
+            raise ValueError(
+                "judge.engine=policy judges with the policy's initial weights, which only adapters leave as they are; "
+                "add a [lora] section, or set judge.engine=own"
             )
         names = [pool.name for pool in self.pools]
         if len(set(names)) < len(names):
@@ -474,6 +496,7 @@ def _allowed(location: tuple[Any, ...]) -> list[str]:
     model: Any = Config
     for part in location:
         annotation = model.model_fields[str(part)].annotation
+        annotation = next((each for each in get_args(annotation) if each is not type(None)), annotation)
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         model = annotation

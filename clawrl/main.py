@@ -37,6 +37,7 @@ from clawrl.serving import app
 from clawrl.serving.keys import FILE, KeyRing, require_keys_beyond_loopback
 from clawrl.serving.local import is_loopback
 from clawrl.serving.redaction import Redactor
+from clawrl.training.adapter import require_targets
 from clawrl.training.buffer import ReplayBuffer
 from clawrl.training.trainer import TrainLoop, run_trainer
 from clawrl.training.watch import Watch
@@ -119,10 +120,10 @@ class System:
         journal = self._actor("journal", Journal, journal_url(config, self.run_directory), config.journal.keep_days)
         ray.get([journal.consent.remote(user=user, train=False) for user in config.privacy.opt_out_users])
         store = self._actor(
-            "weights", WeightStore, config.versions, journal, str(self.run_directory), config.policy.model
+            "weights", WeightStore, config.versions, journal, str(self.run_directory), config.policy.model, config.lora
         )
         buffer = self._actor("buffer", ReplayBuffer, config.buffer, journal)
-        say(f"starting {config.policy.replicas} policy and {config.judge.replicas} judge engines (vLLM)")
+        say(f"starting {app.engines(config)} (vLLM)")
         told = {"versions": (store, "status"), "buffer": (buffer, "stats"), "journal": (journal, "counts")}
         admin: dict[str, tuple[Any, str]] = {
             **{name: (store, name) for name in ("versions", "rollback", "pin", "diff", "export", "forget")},
@@ -135,17 +136,26 @@ class System:
             status=told,
             admin=admin,
             here=ray.util.get_node_ip_address(),
+            run_directory=self.run_directory,
         )
         start_serve()
         serve.run(application, name=app.APPLICATION, logging_config=_QUIET_SERVE)
-        judge = serve.get_deployment_handle("judge", app.APPLICATION)
+        judge = serve.get_deployment_handle(app.judge_name(config), app.APPLICATION)
         policy = serve.get_deployment_handle("policy", app.APPLICATION)
         self._actor(
             "collector", self.collector, journal, judge, policy, config.judge, config.learning, config.gate.share
         )
         self._actor("watch", Watch, config.gate, journal, store)
         loop = TrainLoop(
-            config.trainer, config.learning, config.versions, config.policy.model, buffer, store, journal, config.gate
+            config.trainer,
+            config.learning,
+            config.versions,
+            config.policy.model,
+            buffer,
+            store,
+            journal,
+            config.gate,
+            config.lora,
         )
         trainer: Any = ray.remote(run_trainer)
         self.training = trainer.options(
@@ -218,6 +228,8 @@ def check(config: Config) -> None:
             model_path(model)
         except ConfigError as error:
             raise ConfigError(f"{section}.model: {error}") from None
+    if config.lora is not None:
+        require_targets(config.lora, config.policy.model)
     Redactor(config.privacy)
     for pool in config.pools:
         make_env(pool).close()
@@ -288,16 +300,22 @@ def _unwritable(config: Config, error: OSError) -> ConfigError:
 
 
 def _require_model(config: Config, folder: Path) -> None:
-    """Raises ConfigError if the run's versions are trained from another model."""
+    """Raises ConfigError if the run's versions are of another model, or adapters of another form."""
     about = folder / "run.json"
+    lora = None if config.lora is None else config.lora.model_dump(mode="json", include={"rank", "alpha", "targets"})
     if not about.exists():
-        about.write_text(json.dumps({"model": config.policy.model}) + "\n")
-    began_with = json.loads(about.read_text())["model"]
-    if began_with != config.policy.model:
-        raise ConfigError(
-            f"run {folder.name} began with policy.model={began_with!r} and its versions are trained from it; "
-            f"set run=new for {config.policy.model!r}"
-        )
+        about.write_text(json.dumps({"model": config.policy.model, "lora": lora}) + "\n")
+    began_with = {"lora": None, **json.loads(about.read_text())}
+    for key, value, name in (("model", config.policy.model, "policy.model"), ("lora", lora, "lora")):
+        if began_with[key] != value:
+            raise ConfigError(
+                f"run {folder.name} began with {name}={_shown(began_with[key])} and its versions are made so; "
+                f"set run=new for {_shown(value)}"
+            )
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else repr(value)
 
 
 def _require_journal(config: Config, folder: Path) -> None:

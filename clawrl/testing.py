@@ -82,14 +82,17 @@ class ScriptedPolicy:
         self._max_model_len = max_model_len
         self._num_turns = 0
 
-    async def score_ids(self, prompt_ids: np.ndarray, completion_ids: np.ndarray, top: int) -> Scores:
+    async def score_ids(
+        self, prompt_ids: np.ndarray, completion_ids: np.ndarray, top: int, *, initial: bool = False
+    ) -> Scores:
         """Log-probabilities of exact reply ids after exact prompt ids. Raises PolicyError beyond the context."""
         if len(prompt_ids) + len(completion_ids) > self._max_model_len:
             raise PolicyError(
                 f"{len(prompt_ids)} prompt and {len(completion_ids)} reply tokens exceed "
                 f"max_model_len={self._max_model_len}; raise it or shorten the prompt"
             )
-        return self._model.score(prompt_ids, completion_ids, top)
+        model = ScriptedModel(self._seed, 0) if initial else self._model
+        return model.score(prompt_ids, completion_ids, top)
 
     async def score_messages(
         self,
@@ -98,9 +101,11 @@ class ScriptedPolicy:
         template: dict[str, Any],
         completion_ids: np.ndarray,
         top: int,
+        *,
+        initial: bool = False,
     ) -> Scores:
         """Log-probabilities of exact reply ids after rendered messages."""
-        return await self.score_ids(render(messages, tools, template), completion_ids, top)
+        return await self.score_ids(render(messages, tools, template), completion_ids, top, initial=initial)
 
     def turn(
         self,

@@ -253,6 +253,7 @@ class Publication:
     number: int
     num_buckets: int
     canary: Canary
+    adapter: dict[str, Any] | None = None  # PEFT's description, where the tensors are an adapter's
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -243,8 +243,9 @@ class Collector:
     def _ask_teacher(self, turn: Turn, hint: str) -> Awaitable[Scores]:
         hinted = tuple(with_hint(turn.messages, hint))
         return self._teacher.score_messages.remote(
-            hinted, turn.tools, turn.template, turn.capture.completion_ids, self._learning.teacher_top
-        )
+            hinted, turn.tools, turn.template, turn.capture.completion_ids, self._learning.teacher_top,
+            initial=self._learning.teacher == "frozen",
+        )  # fmt: skip
 
     async def _reference(self, turn: Turn) -> Scores | None:
         return await self._try_score(turn, "reference", partial(self._ask_reference, turn))
@@ -254,7 +255,7 @@ class Collector:
             return await self._reference(turn)
 
     def _ask_reference(self, turn: Turn) -> Awaitable[Scores]:
-        return self._judge.score_ids.remote(turn.capture.prompt_ids, turn.capture.completion_ids, 0)
+        return self._judge.score_ids.remote(turn.capture.prompt_ids, turn.capture.completion_ids, 0, initial=True)
 
     async def _try_score(self, turn: Turn, who: str, ask: Callable[[], Awaitable[Scores]]) -> Scores | None:
         """Complete scores, or None with a count: a teacher's own refusal (too long a prompt) is not repeated."""

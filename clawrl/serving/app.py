@@ -13,9 +13,9 @@ from ray import serve
 from clawrl.config import Config, EngineSection
 from clawrl.serving.admin import Acts
 from clawrl.serving.gateway import Gateway
-from clawrl.serving.judge import Judge
+from clawrl.serving.judge import Judge, PolicyAndJudge
 from clawrl.serving.keys import FILE, KeyRing
-from clawrl.serving.policy import Policy
+from clawrl.serving.policy import Adapters, Policy
 
 APPLICATION = "clawrl"
 CPU_SHARE = {"gateway": 0.1, "policy": 0.2, "judge": 0.2}
@@ -29,6 +29,7 @@ def build(
     status: dict[str, tuple[Any, str]],
     admin: Acts,
     here: str,
+    run_directory: Path,
 ) -> Any:
     """The Serve application. `store` is the weight store's handle and name; `status` and `admin` name who tells and
     who does what.
@@ -36,10 +37,28 @@ def build(
     `here` is the address of the node whose port the gateway opens, as Ray writes it.
     """
     hints = config.learning.method != "rl"
-    judge = _engine_deployment(Judge, "judge", config.judge).bind(config.judge, hints)
-    policy = _engine_deployment(Policy, "policy", config.policy).bind(config.policy, store)
+    adapters = None if config.lora is None else Adapters(config.lora, run_directory / "adapters")
+    if config.judge.engine == "policy":
+        deployment = _engine_deployment(PolicyAndJudge, "policy", config.policy)
+        policy = judge = deployment.bind(config.policy, store, adapters, config.judge, hints)
+    else:
+        judge = _engine_deployment(Judge, "judge", config.judge).bind(config.judge, hints)
+        policy = _engine_deployment(Policy, "policy", config.policy).bind(config.policy, store, adapters)
     told = {"policy": (policy, "status"), "judge": (judge, "status"), **status}
     return bind_gateway(config, policy, journal, told, admin, here)
+
+
+def engines(config: Config) -> str:
+    """How many there are, in words."""
+    policies, judges = config.policy.replicas, config.judge.replicas
+    if config.judge.engine == "policy":
+        return f"{policies} engine{'s' * (policies > 1)} for policy and judge"
+    return f"{policies} policy and {judges} judge engines"
+
+
+def judge_name(config: Config) -> str:
+    """The deployment that judges."""
+    return "judge" if config.judge.engine == "own" else "policy"
 
 
 def bind_gateway(

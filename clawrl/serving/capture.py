@@ -36,6 +36,7 @@ class Recorder:
     """Collects what one request sampled into a Capture. `support` is k of the top-k kept."""
 
     support: int
+    version: int | None = None  # of the adapter that answers; None: the engine says which weights sampled a token
     prompt_ids: list[int] = field(default_factory=list)
     completion_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
@@ -54,7 +55,8 @@ class Recorder:
         if completion.finish_reason is not None:
             self.finish_reason = completion.finish_reason
             self._spans = tuple(
-                VersionSpan(int(span.version), span.start, span.end) for span in completion.weight_versions or ()
+                VersionSpan(int(span.version) if self.version is None else self.version, span.start, span.end)
+                for span in completion.weight_versions or ()
             )
 
     def add_logprobs(self, rows: Any) -> None:

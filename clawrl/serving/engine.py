@@ -9,15 +9,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clawrl.config import EngineSection, model_path
+from clawrl.config import EngineSection, LoraSection, model_path
 from clawrl.errors import PolicyError, boundary
 from clawrl.serving.capture import Recorder
 from clawrl.types import Canary, Message, Scores, Tool
@@ -27,11 +31,29 @@ log = logging.getLogger(__name__)
 CHUNK_RATE = 160.0  # streamed chunks a second, all streams of a CPU engine together: they share its cores
 GPU_CHUNK_RATE = 1000.0
 ENGINE_CHECK_S = 0.2
+BEHIND = 1
+"""Priority of what no person waits for, in an engine that also answers people (theirs is 0)."""
+UNLOAD_AFTER_S = 5.0
+"""An adapter that no request asks for any more may still be in the engine's last steps; it goes when they are over."""
 CHUNK_INTERVAL_S = 0.02  # between two chunks of one stream at least; tokens in between share a chunk
 
 
+@dataclass(slots=True, eq=False)
+class Adapter:
+    """A version as an adapter in the engine, under a name that no other ever has there."""
+
+    version: int
+    request: Any  # vLLM's LoRARequest
+    folder: Path
+    requests: int = 0  # in work
+
+
 class Engine:
-    """AsyncLLM with capture, scoring and swaps. Attributes it does not define are AsyncLLM's."""
+    """AsyncLLM with capture, scoring and swaps. Attributes it does not define are AsyncLLM's.
+
+    A version is what the engine's weights are (`take_over`), or an adapter beside them (`add_adapter`, `switch`). A
+    request keeps the adapter that it began with; an adapter leaves the engine when its last request has ended.
+    """
 
     def __init__(self, llm: Any, renderer: Any, settings: EngineSection, support: int) -> None:
         self._llm = llm
@@ -43,12 +65,21 @@ class Engine:
         self._chunk_rate = CHUNK_RATE if settings.gpus_per_replica == 0 else GPU_CHUNK_RATE
         self._register = llm.output_processor.add_request
         llm.output_processor.add_request = self._register_captured
+        self.max_model_len = settings.max_model_len
         self.streams = 0
         self._salt = f"v0-{uuid.uuid4().hex}"
-        self.version = 0
+        self._weights = 0  # the version that the weights alone are
+        self._adapter: Adapter | None = None  # of new requests; None: the weights alone
+        self._adapters = count(1)  # vLLM's numbers for them
+        self._unloading: set[asyncio.Task[None]] = set()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._llm, name)
+
+    @property
+    def version(self) -> int:
+        """Of new requests."""
+        return self._weights if self._adapter is None else self._adapter.version
 
     # -- generating, captured ------------------------------------------------------------------------------------
 
@@ -65,11 +96,12 @@ class Engine:
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
     ) -> AsyncGenerator[Any, None]:
-        """AsyncLLM.generate, with the version's cache salt and the capture's log-probabilities."""
+        """AsyncLLM.generate by the version of the moment, with the capture's log-probabilities."""
         from clawrl.serving.scheduler import KEEP_BACK
 
         recorder = self._recorders.pop(request_id, None)
         if recorder is not None:
+            recorder.version = self._adapter and self._adapter.version
             shown = sampling_params.logprobs is not None
             self._captured[request_id] = recorder, shown
             sampling_params.logprobs = max(sampling_params.logprobs or 0, self._support)
@@ -79,14 +111,23 @@ class Engine:
         prompt["cache_salt"] = f"{self._salt}{prompt.get('cache_salt') or ''}"
         self.streams += 1
         try:
-            async with aclosing(self._llm.generate(prompt, sampling_params, request_id, **options)) as outputs:
-                async for output in outputs:
-                    if recorder is not None:
-                        recorder.add(output)
-                    yield output
+            with self._held(self._adapter) as adapted:
+                generating = self._llm.generate(prompt, sampling_params, request_id, **{**options, **adapted})
+                async with aclosing(generating) as outputs:
+                    async for output in outputs:
+                        if recorder is not None:
+                            recorder.add(output)
+                        yield output
         finally:
             self.streams -= 1
             self._captured.pop(request_id, None)
+
+    async def generate_initial(self, prompt: Any, sampling_params: Any, request_id: str) -> AsyncGenerator[Any, None]:
+        """What the weights without an adapter say; captured requests go first."""
+        prompt["cache_salt"] = self._salt
+        async with aclosing(self._llm.generate(prompt, sampling_params, request_id, priority=BEHIND)) as outputs:
+            async for output in outputs:
+                yield output
 
     def _register_captured(self, request: Any, prompt: Any, parent: Any, index: int, queue: Any) -> None:
         """vLLM's OutputProcessor.add_request: captured requests are paced, their log-probabilities go to the recorder.
@@ -133,11 +174,19 @@ class Engine:
             raise PolicyError(f"cannot render the conversation: {rendered.error.message}")
         return list(rendered[1][0]["prompt_token_ids"])
 
-    async def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int], top: int) -> Scores:
+    async def score(
+        self, prompt_ids: Sequence[int], completion_ids: Sequence[int], top: int, *, initial: bool = False
+    ) -> Scores:
         """Log-probabilities of `completion_ids` [T] after `prompt_ids`, with the `top` best tokens at each position.
 
-        Raises PolicyError if both together leave no room in the context.
+        By the version of the moment, or by the weights without any adapter (`initial`). Raises PolicyError if both
+        together leave no room in the context.
         """
+        return await self._score_with(None if initial else self._adapter, prompt_ids, completion_ids, top)
+
+    async def _score_with(
+        self, adapter: Adapter | None, prompt_ids: Sequence[int], completion_ids: Sequence[int], top: int
+    ) -> Scores:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -145,7 +194,7 @@ class Engine:
         limit = self._settings.max_model_len - 1
         if len(token_ids) > limit or not len(prompt_ids):
             raise PolicyError(f"cannot score {len(token_ids)} tokens; between a prompt of 1 and {limit} in all fit")
-        version = self.version
+        version = self._weights if adapter is None else adapter.version
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,
@@ -155,16 +204,24 @@ class Engine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         flat = None
-        async for output in self._llm.generate(
-            {"prompt_token_ids": token_ids, "cache_salt": self._salt}, params, f"score-{uuid.uuid4().hex}"
-        ):
-            flat = output.prompt_logprobs
+        prompt = {"prompt_token_ids": token_ids, "cache_salt": self._salt}
+        with self._held(adapter) as adapted:
+            async for output in self._llm.generate(
+                prompt, params, f"score-{uuid.uuid4().hex}", priority=BEHIND, **adapted
+            ):
+                flat = output.prompt_logprobs
         return _scores(flat, len(prompt_ids), len(token_ids), top, version)
 
-    async def canary_logprobs(self, canary: Canary) -> tuple[np.ndarray, ...]:
-        """The engine's log-probabilities of the canary's tokens after the first of each sequence."""
-        scored = await asyncio.gather(*(self.score(ids[:1].tolist(), ids[1:].tolist(), 0) for ids in canary.token_ids))
-        return tuple(scores.logprobs for scores in scored)
+    async def canary_logprobs(
+        self, canary: Canary, adapter: Adapter | None = None, *, initial: bool = False
+    ) -> tuple[np.ndarray, ...]:
+        """Log-probabilities of the canary's tokens after the first of each sequence.
+
+        By the version of the moment, or by an adapter that is not switched to yet, or by the weights without any.
+        """
+        asked_of = None if initial else adapter or self._adapter
+        asked = [self._score_with(asked_of, ids[:1].tolist(), ids[1:].tolist(), 0) for ids in canary.token_ids]
+        return tuple(scores.logprobs for scores in await asyncio.gather(*asked))
 
     # -- health ------------------------------------------------------------------------------------------------------
 
@@ -211,10 +268,54 @@ class Engine:
                 WeightTransferUpdateRequest(update_info={"version": version, "num_buckets": num_buckets})
             )
             await self._llm.finish_weight_update(str(version))
-            self.version = version
+            self._weights = version
         finally:
             await self._llm.resume_generation()
         return 1000 * (time.perf_counter() - started)
+
+    # -- versions as adapters ----------------------------------------------------------------------------------------
+
+    async def add_adapter(self, version: int, folder: Path) -> Adapter:
+        """Load the adapter in `folder` (PEFT's files) beside the weights; nothing waits, nobody is served by it yet."""
+        from vllm.lora.request import LoRARequest
+
+        number = next(self._adapters)
+        request = LoRARequest(f"v{version}-{uuid.uuid4().hex}", number, str(folder))
+        await self._llm.add_lora(request)
+        return Adapter(version, request, folder)
+
+    def switch(self, adapter: Adapter | None) -> None:
+        """From now on new requests are answered with this adapter; None: with the weights alone."""
+        before, self._adapter = self._adapter, adapter
+        if before is not None:
+            self._unload_if_idle(before)
+
+    @contextmanager
+    def _held(self, adapter: Adapter | None) -> Iterator[dict[str, Any]]:
+        """An adapter stays in the engine while a request asks for it; yields what to say to vLLM."""
+        if adapter is None:
+            yield {}
+            return
+        adapter.requests += 1
+        try:
+            yield {"lora_request": adapter.request}
+        finally:
+            adapter.requests -= 1
+            self._unload_if_idle(adapter)
+
+    def _unload_if_idle(self, adapter: Adapter) -> None:
+        if not adapter.requests and adapter is not self._adapter:
+            task = asyncio.create_task(self._unload(adapter))
+            self._unloading.add(task)
+            task.add_done_callback(self._unloading.discard)
+
+    async def _unload(self, adapter: Adapter) -> None:
+        await asyncio.sleep(UNLOAD_AFTER_S)
+        if adapter.requests or adapter is self._adapter or not adapter.folder.exists():
+            return
+        shutil.rmtree(adapter.folder)
+        await self._llm.remove_lora(adapter.request.lora_int_id)
+        log.info("event=adapter_unloaded version=%d", adapter.version)
 
 
 class Scorer:
@@ -231,8 +332,10 @@ class Scorer:
         """Asked by Serve, which replaces a replica whose engine generates nothing any more."""
         await self._engine.generates()
 
-    async def score_ids(self, prompt_ids: np.ndarray, completion_ids: np.ndarray, top: int) -> Scores:
-        return await self._engine.score(prompt_ids.tolist(), completion_ids.tolist(), top)
+    async def score_ids(
+        self, prompt_ids: np.ndarray, completion_ids: np.ndarray, top: int, *, initial: bool = False
+    ) -> Scores:
+        return await self._engine.score(prompt_ids.tolist(), completion_ids.tolist(), top, initial=initial)
 
     async def score_messages(
         self,
@@ -241,9 +344,11 @@ class Scorer:
         template: dict[str, Any],
         completion_ids: np.ndarray,
         top: int,
+        *,
+        initial: bool = False,
     ) -> Scores:
         prompt_ids = await self._engine.render(messages, tools, template)
-        return await self._engine.score(prompt_ids, completion_ids.tolist(), top)
+        return await self._engine.score(prompt_ids, completion_ids.tolist(), top, initial=initial)
 
 
 class ChunkQueue:
@@ -291,6 +396,7 @@ async def start_engine(
     *,
     support: int = 0,
     weight_transfer: bool = False,
+    lora: LoraSection | None = None,
     tool_parser: str | None = None,
     reasoning_parser: str | None = None,
 ) -> Engine:
@@ -298,7 +404,7 @@ async def start_engine(
 
     Raises PolicyError naming the model when vLLM cannot load it.
     """
-    arguments = engine_arguments(settings, weight_transfer=weight_transfer)
+    arguments = engine_arguments(settings, weight_transfer=weight_transfer, lora=lora)
     from vllm import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -318,7 +424,7 @@ async def start_engine(
     return engine
 
 
-def engine_arguments(settings: EngineSection, *, weight_transfer: bool = False) -> Any:
+def engine_arguments(settings: EngineSection, *, weight_transfer: bool = False, lora: LoraSection | None = None) -> Any:
     """vLLM's `AsyncEngineArgs` of a section; the environment is made as vLLM wants it, before it is imported."""
     _set_environment(settings)
     from vllm.config import StructuredOutputsConfig
@@ -344,7 +450,19 @@ def engine_arguments(settings: EngineSection, *, weight_transfer: bool = False) 
         # JSON without free white space: a schema allows it without end, and small models then write nothing else.
         structured_outputs_config=StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True),
         weight_transfer_config={"backend": BACKEND} if weight_transfer else None,  # type: ignore[arg-type]
+        **({} if lora is None else _lora_arguments(lora)),
     )
+
+
+def _lora_arguments(lora: LoraSection) -> dict[str, Any]:
+    return {
+        "enable_lora": True,
+        "max_lora_rank": max(8, lora.rank),
+        "max_loras": lora.in_batch,
+        "max_cpu_loras": 2 * lora.in_batch,
+        "lora_target_modules": list(lora.targets),
+        "scheduling_policy": "priority",
+    }
 
 
 def _renderer(llm: Any, tool_parser: str | None, reasoning_parser: str | None) -> Any:

@@ -1,7 +1,8 @@
-"""The judge replica: a frozen model that votes on replies, writes hints, and scores tokens as the teacher.
+"""The judge: a frozen model that votes on replies, writes hints, and scores tokens as the teacher.
 
 Knows the engine and the questions of `judging`. Ignores the journal, baselines and samples: the collector asks,
 a `Judgement` comes back. It holds the initial weights for good, so it is also the frozen teacher and the reference.
+It has an engine of its own (`Judge`), or the policy's, whose versions are adapters (`PolicyAndJudge`).
 """
 
 from __future__ import annotations
@@ -12,27 +13,31 @@ import time
 import uuid
 from typing import Any
 
-from clawrl.config import JudgeSection
+from clawrl.config import JudgeSection, PolicySection
 from clawrl.errors import JudgeError, boundary
 from clawrl.observe import metric
 from clawrl.serving import judging
-from clawrl.serving.engine import Scorer, start_engine
+from clawrl.serving.engine import Engine, Scorer, start_engine
+from clawrl.serving.policy import Adapters, Policy
 from clawrl.types import Judgement, Message, NextState, Turn
 
 log = logging.getLogger(__name__)
 
+INITIAL = 0
+"""The version that judges."""
 SHORTEST_VERDICT = 8  # tokens; a question that leaves less room cannot be answered
 
 
-class Judge(Scorer):
-    """One replica."""
+class Judging:
+    """What is asked of the initial weights, whichever engine has them."""
 
-    async def __init__(self, settings: JudgeSection, hints: bool) -> None:
+    _engine: Engine
+
+    def _judge_with(self, settings: JudgeSection, hints: bool) -> None:
         """`hints` false asks for votes only (a method that distils nothing needs no hints)."""
-        self._settings = settings
+        self._judging = settings
         self._hints = hints
         self._prompts = judging.load_prompts(settings.prompts)
-        await self._adopt(await start_engine(settings))
 
     async def judge(self, turn: Turn, next_state: NextState) -> Judgement:
         """Votes and hints for one turn, m of each, asked side by side.
@@ -56,7 +61,7 @@ class Judge(Scorer):
         with boundary(JudgeError, f"judging turn {turn.id}"):
             prompts = [await self._engine.render(question, (), {}) for question in questions]
             longest = max(len(prompt) for prompt in prompts)
-            if longest + SHORTEST_VERDICT > self._settings.max_model_len:
+            if longest + SHORTEST_VERDICT > self._engine.max_model_len:
                 return self._abstain(turn, longest, time.perf_counter() - started)
             answers = await asyncio.gather(*(self._ask(prompt) for prompt in prompts))
         votes = tuple(judging.parse_vote(text) for text in answers[0])
@@ -64,30 +69,48 @@ class Judge(Scorer):
         seconds = time.perf_counter() - started
         metric("judge/latency_s").observe(seconds)
         score = judging.plurality(votes)
-        return Judgement(turn.id, votes, score, hints, self._engine.version, seconds, None, time.time())
-
-    async def status(self) -> dict[str, Any]:
-        return {"model": self._settings.model, "streams": self._engine.streams}
+        return Judgement(turn.id, votes, score, hints, INITIAL, seconds, None, time.time())
 
     def _abstain(self, turn: Turn, num_tokens: int, seconds: float) -> Judgement:
-        limit = self._settings.max_model_len
-        why = f"the question has {num_tokens} tokens; raise judge.max_model_len={limit}"
-        return Judgement(turn.id, (), None, (), self._engine.version, seconds, why, time.time())
+        section = "judge" if self._judging.engine == "own" else "policy"
+        why = f"the question has {num_tokens} tokens; raise {section}.max_model_len={self._engine.max_model_len}"
+        return Judgement(turn.id, (), None, (), INITIAL, seconds, why, time.time())
 
     async def _ask(self, prompt_ids: list[int]) -> list[str]:
         """m sampled answers to one question; the prompt is read once."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        settings = self._settings
+        settings = self._judging
         params = SamplingParams(
             n=settings.votes,
             temperature=settings.temperature,
-            max_tokens=min(settings.max_verdict_tokens, settings.max_model_len - len(prompt_ids)),
+            max_tokens=min(settings.max_verdict_tokens, self._engine.max_model_len - len(prompt_ids)),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         texts: dict[int, str] = {}
         prompt = {"prompt_token_ids": prompt_ids}
-        async for output in self._engine.generate(prompt, params, f"judge-{uuid.uuid4().hex}"):
+        async for output in self._engine.generate_initial(prompt, params, f"judge-{uuid.uuid4().hex}"):
             texts.update((completion.index, completion.text) for completion in output.outputs)
         return [texts[index] for index in sorted(texts)]
+
+
+class Judge(Judging, Scorer):
+    """One replica with an engine of its own."""
+
+    async def __init__(self, settings: JudgeSection, hints: bool) -> None:
+        self._judge_with(settings, hints)
+        await self._adopt(await start_engine(settings))
+
+    async def status(self) -> dict[str, Any]:
+        return {"model": self._judging.model, "streams": self._engine.streams}
+
+
+class PolicyAndJudge(Judging, Policy):
+    """One replica of both: the policy's engine, and the judge in it without the policy's adapter."""
+
+    async def __init__(
+        self, settings: PolicySection, store: tuple[Any, str], adapters: Adapters, judging: JudgeSection, hints: bool
+    ) -> None:
+        self._judge_with(judging, hints)
+        await Policy.__init__(self, settings, store, adapters)

@@ -3,21 +3,26 @@
 Knows the engine and the weight store's calls (`wait`, `bucket`, `report`). Ignores HTTP, users, sessions and the
 journal: the gateway calls `chat` and gets the stream of server-sent events followed by what was captured.
 
-    store.wait ──► fetch buckets ──► pause · load · resume ──► canary ──► store.report
+    store.wait ──► fetch buckets ──► pause · load · resume ──► canary ──► store.report     all weights
+                               └───► load beside ──► canary ──► switch ──► store.report    an adapter
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 
-from clawrl.config import PolicySection
+from clawrl.config import LoraSection, PolicySection
 from clawrl.errors import PolicyError
 from clawrl.observe import metric
 from clawrl.serving.capture import Finished, Recorder, Refused
@@ -31,17 +36,28 @@ WAIT_S = 30.0  # one long poll for the next version
 RETRY_S = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """Versions are adapters: of which form, and the folder in which a machine keeps those that it serves."""
+
+    lora: LoraSection
+    folder: Path
+
+
 class Policy(Scorer):
     """One replica. `store` is the weight store's handle and name, or None for weights that never change."""
 
-    async def __init__(self, settings: PolicySection, store: tuple[Any, str] | None) -> None:
+    async def __init__(
+        self, settings: PolicySection, store: tuple[Any, str] | None, adapters: Adapters | None = None
+    ) -> None:
         context = ray.get_runtime_context()
         self.replica = context.get_actor_id() or "local"
-        self._settings = settings
+        self._settings, self._adapters = settings, adapters
         engine = await start_engine(
             settings,
             support=settings.support,
-            weight_transfer=store is not None,
+            weight_transfer=store is not None and adapters is None,
+            lora=None if adapters is None else adapters.lora,
             tool_parser=settings.tool_parser,
             reasoning_parser=settings.reasoning_parser,
         )
@@ -51,7 +67,8 @@ class Policy(Scorer):
         self._canary_logprobs: tuple[np.ndarray, ...] | None = None
         if store is not None:
             self._store, name = store
-            await self._engine.join_store(context.gcs_address, context.namespace, name)
+            if adapters is None:
+                await self._engine.join_store(context.gcs_address, context.namespace, name)
             await self._follow(timeout_s=1.0)  # a late replica serves the latest version from its first reply
             self._following = asyncio.create_task(self._follow_for_ever())
 
@@ -152,8 +169,7 @@ class Policy(Scorer):
                 await asyncio.sleep(RETRY_S)
 
     async def _take_over(self, publication: Publication) -> Swap:
-        """Serve another version. What fails before the engine is touched is asked for again; later, the weights are
-        uncertain and the replica is given up."""
+        """Serve another version. What fails before the engine is touched is asked for again."""
         if self._canary_logprobs is None:
             self._canary_logprobs = await self._engine.canary_logprobs(publication.canary)
         before = self._canary_logprobs
@@ -161,13 +177,9 @@ class Policy(Scorer):
         for index in range(publication.num_buckets):
             near += await self._store.bucket.remote(publication.number, index)
             await asyncio.to_thread(ray.wait, near[-1:], fetch_local=True)
-        try:
-            stall_ms = await self._engine.take_over(publication.number, publication.num_buckets)
-            after = self._canary_logprobs = await self._engine.canary_logprobs(publication.canary)
-        except Exception as error:
-            log.exception("event=swap_failed replica=%s", self.replica)
-            self._failure = error
-            raise
+        swap = self._swap_weights if self._adapters is None else self._switch_adapter
+        after, stall_ms = await swap(publication, near)
+        self._canary_logprobs = after
         near.clear()
         error, moved = _largest_gap(after, publication.canary.logprobs), _largest_gap(after, before)
         metric("policy/stall_s").observe(stall_ms / 1000)
@@ -181,6 +193,46 @@ class Policy(Scorer):
             moved,
         )
         return Swap(publication.number, self.replica, stall_ms, error, moved, time.time())
+
+    async def _swap_weights(self, publication: Publication, _: Any) -> tuple[tuple[np.ndarray, ...], float]:
+        """Load the version into the engine, and ask it for the canary; returns that and the pause, ms.
+
+        After a failure the weights are uncertain, and the replica is given up.
+        """
+        try:
+            stall_ms = await self._engine.take_over(publication.number, publication.num_buckets)
+            return await self._engine.canary_logprobs(publication.canary), stall_ms
+        except Exception as error:
+            log.exception("event=swap_failed replica=%s", self.replica)
+            self._failure = error
+            raise
+
+    async def _switch_adapter(
+        self, publication: Publication, buckets: Sequence[ray.ObjectRef]
+    ) -> tuple[tuple[np.ndarray, ...], float]:
+        """Load the version's adapter beside the others and ask it for the canary; then new requests get it, at once."""
+        adapter = None
+        if publication.adapter is not None:
+            folder = await asyncio.to_thread(self._write_adapter, publication, buckets)
+            adapter = await self._engine.add_adapter(publication.number, folder)
+        after = await self._engine.canary_logprobs(publication.canary, adapter, initial=adapter is None)
+        self._engine.switch(adapter)
+        return after, 0.0
+
+    def _write_adapter(self, publication: Publication, buckets: Sequence[ray.ObjectRef]) -> Path:
+        """PEFT's files of a version, in a new folder, for vLLM to read now and when it pages the adapter in again."""
+        import torch
+        from safetensors.torch import save_file
+
+        from clawrl.serving.weight_transfer import tensors
+
+        assert self._adapters is not None
+        folder = self._adapters.folder / f"{publication.number}-{uuid.uuid4().hex}"
+        folder.mkdir(parents=True)
+        found = {name: each for ref in buckets for name, each in tensors(ray.get(ref), torch.device("cpu"))}
+        save_file(found, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps(publication.adapter), encoding="utf-8")
+        return folder
 
 
 async def _joined(answer: AsyncIterator[str], recorder: Recorder) -> AsyncIterator[str]:

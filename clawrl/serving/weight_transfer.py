@@ -25,6 +25,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.platforms import current_platform
 
 from clawrl.types import Bucket
 
@@ -67,7 +68,7 @@ class ObjectStoreEngine(WeightTransferEngine[ObjectStoreInit, ObjectStoreUpdate]
         model: Any = self.model
         pending = [self._store.bucket.remote(update_info.version, i) for i in range(update_info.num_buckets)]
         for (ref,) in ray.get(pending):
-            model.load_weights(_tensors(ray.get(ref), self.device))
+            model.load_weights(tensors(ray.get(ref), self.device))
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
@@ -79,8 +80,12 @@ class ObjectStoreEngine(WeightTransferEngine[ObjectStoreInit, ObjectStoreUpdate]
 
 
 def register() -> None:
-    """Entry point `vllm.general_plugins`: make the backend known to vLLM; safe to call again."""
+    """Entry point `vllm.general_plugins`: make what is ours known to vLLM; safe to call again."""
     _die_with_parent()
+    if current_platform.is_cpu():
+        from clawrl.serving import cpu_adapters
+
+        cpu_adapters.install()
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     if BACKEND not in WeightTransferEngineFactory._registry:
@@ -105,7 +110,7 @@ def _refresh_tied_heads(model: torch.nn.Module) -> None:
             head.quant_method.process_weights_after_loading(head)
 
 
-def _tensors(bucket: Bucket, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors(bucket: Bucket, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
     """The named tensors of a bucket; bfloat16 arrives as 16-bit integers, which numpy can carry."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: a Hugging Face folder per version, written once and read as transfer buckets.
+"""Checkpoints on disk: a Hugging Face or PEFT folder per version, written once and read as transfer buckets.
 
 Knows the safetensors format (8-byte header length, JSON header, raw tensors), which needs no torch. Ignores versions'
 states and who reads. A folder appears whole or not at all, and is on the disk when `write_checkpoint` returns.
@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,22 +43,37 @@ def write_checkpoint(folder: Path, buckets: Sequence[Bucket], base: Path, canary
     Durable on return: files and folder are synchronised, the folder renamed into place. An older folder of the same
     name, left by a crash before its version was recorded, is replaced.
     """
+    with _appearing(folder) as unfinished:
+        for file in base.iterdir():
+            if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES) and not file.name.startswith("."):
+                shutil.copyfile(file, unfinished / file.name)
+        count = len(buckets)
+        files = [
+            f"model-{i + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors" for i in range(count)
+        ]
+        for file, bucket in zip(files, buckets, strict=True):
+            _write_safetensors(unfinished / file, bucket)
+        if count > 1:
+            _write_index(unfinished, files, buckets)
+        if canary is not None:
+            write_canary(unfinished, canary)
+
+
+def write_adapter(folder: Path, buckets: Sequence[Bucket], description: dict[str, Any], canary: Canary) -> None:
+    """The same for an adapter, as PEFT writes it: one file of tensors, and adapter_config.json."""
+    with _appearing(folder) as unfinished:
+        _write_safetensors(unfinished / "adapter_model.safetensors", _joined(buckets))
+        (unfinished / "adapter_config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        write_canary(unfinished, canary)
+
+
+@contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """A new folder to write into, which takes the place of `folder` once all is on the disk."""
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    for file in base.iterdir():
-        if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES) and not file.name.startswith("."):
-            shutil.copyfile(file, unfinished / file.name)
-    count = len(buckets)
-    files = [
-        f"model-{i + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors" for i in range(count)
-    ]
-    for file, bucket in zip(files, buckets, strict=True):
-        _write_safetensors(unfinished / file, bucket)
-    if count > 1:
-        _write_index(unfinished, files, buckets)
-    if canary is not None:
-        write_canary(unfinished, canary)
+    yield unfinished
     _synchronise(unfinished)
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
@@ -119,7 +135,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def export_checkpoint(source: Path, destination: Path) -> None:
-    """Copy a checkpoint's Hugging Face folder to `destination`, which appears whole or not at all.
+    """Copy a checkpoint's folder to `destination`, which appears whole or not at all.
 
     The configuration then says the weights' own type. Raises WeightSyncError if there is something already.
     """
@@ -135,16 +151,31 @@ def export_checkpoint(source: Path, destination: Path) -> None:
         for file in source.iterdir():
             if file.is_file() and file.name != _CANARY and not file.name.startswith("."):
                 shutil.copyfile(file, unfinished / file.name)
-        header, _ = _read_header(min(source.glob("*.safetensors")))
-        types = {entry["dtype"] for entry in header.values()}
-        config = json.loads((unfinished / "config.json").read_text(encoding="utf-8"))
-        if len(types) == 1 and (dtype := types.pop()) in _NAMES:
-            config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": _NAMES[dtype]}
-            (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if (unfinished / "config.json").exists():  # an adapter has none
+            _state_type(unfinished / "config.json", source)
         _synchronise(unfinished)
         if destination.exists():
             destination.rmdir()
         unfinished.rename(destination)
+
+
+def _state_type(file: Path, source: Path) -> None:
+    """Make a configuration say the type that the weights in `source` have, if it is one."""
+    header, _ = _read_header(min(source.glob("*.safetensors")))
+    types = {entry["dtype"] for entry in header.values()}
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if len(types) == 1 and (dtype := types.pop()) in _NAMES:
+        config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": _NAMES[dtype]}
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def tensor_names(model: str) -> set[str]:
+    """Names of a model's tensors on this machine; none if it is not here, or not as safetensors."""
+    try:
+        files = list(model_folder(model).glob("*.safetensors"))
+        return {name for file in files for name in _read_header(file)[0]}
+    except (WeightSyncError, OSError, ValueError):
+        return set()
 
 
 def write_canary(folder: Path, canary: Canary) -> None:
@@ -174,6 +205,15 @@ def _bucket(names: list[str], codes: list[str], arrays: list[np.ndarray]) -> Buc
         dtypes=tuple(_NAMES[code] for code in codes),
         shapes=tuple(array.shape for array in arrays),
         arrays=tuple(arrays),
+    )
+
+
+def _joined(buckets: Sequence[Bucket]) -> Bucket:
+    return Bucket(
+        names=tuple(name for bucket in buckets for name in bucket.names),
+        dtypes=tuple(dtype for bucket in buckets for dtype in bucket.dtypes),
+        shapes=tuple(shape for bucket in buckets for shape in bucket.shapes),
+        arrays=tuple(array for bucket in buckets for array in bucket.arrays),
     )
 
 

@@ -22,8 +22,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from clawrl.algorithms.losses import TALLIED, Targets, tallied_means, tally, total_loss
-from clawrl.config import LearningSection, TrainerSection
+from clawrl.config import LearningSection, LoraSection, TrainerSection
 from clawrl.errors import WeightSyncError
+from clawrl.training.adapter import public_name
 from clawrl.training.model import RESHARD_ABOVE_PARAMETERS, TokenScorer, shard
 from clawrl.training.pack import PackedRow, assign, pack, row_to_score, scored_positions, trainable
 from clawrl.types import Bucket, Canary, Sample
@@ -43,20 +44,36 @@ _LOSSES = ("loss", "loss_rl", "loss_opd", "loss_kl")
 
 
 class Learner:
-    """Model and AdamW of one rank. `mesh` is one-dimensional; a mesh of one rank needs no other process."""
+    """Model and AdamW of one rank. `mesh` is one-dimensional; a mesh of one rank needs no other process.
 
-    def __init__(self, folder: str, settings: TrainerSection, learning: LearningSection, mesh: DeviceMesh) -> None:
+    With `lora` the weights spoken of below are the adapter's; the model's own stay as they are.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        settings: TrainerSection,
+        learning: LearningSection,
+        mesh: DeviceMesh,
+        lora: LoraSection | None = None,
+    ) -> None:
         self._settings, self._learning, self._mesh = settings, learning, mesh
         self._dtype = getattr(torch, settings.dtype)
         on_gpu = mesh.device_type == "cuda"
         self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         scorer = TokenScorer.load(
-            folder, logit_chunk=settings.logit_chunk, activation_checkpointing=settings.activation_checkpointing
+            folder,
+            logit_chunk=settings.logit_chunk,
+            activation_checkpointing=settings.activation_checkpointing,
+            lora=lora,
+            frozen_dtype=self._dtype,
         )
         self._scorer: Any = shard(scorer, mesh, self._dtype)
-        self._parameters = dict(self._scorer.model.named_parameters())
-        num_parameters = sum(parameter.numel() for parameter in self._parameters.values())
-        self._sync_once = num_parameters <= RESHARD_ABOVE_PARAMETERS
+        named = {public_name(name): each for name, each in self._scorer.model.named_parameters()}
+        self._sync_once = sum(each.numel() for each in named.values()) <= RESHARD_ABOVE_PARAMETERS
+        self._parameters = {name: each for name, each in named.items() if each.requires_grad}
+        adapter = {} if lora is None else self._parameters
+        self._initial = {name: _local(each).detach().clone() for name, each in adapter.items()}
         self.reset_optimizer()
 
     @property
@@ -192,17 +209,21 @@ class Learner:
     def load(self, buckets: Iterable[Bucket]) -> None:
         """Replace the weights, each rank keeping its rows, and forget the optimizer's moments.
 
-        Raises WeightSyncError if a parameter is missing. Heads tied to the embeddings are passed over.
+        No buckets at all are an adapter's version 0. Raises WeightSyncError if a parameter is missing. Heads tied to
+        the embeddings are passed over.
         """
-        missing = set(self._parameters)
+        for name, initial in self._initial.items():
+            _local(self._parameters[name]).copy_(initial)
+        missing, anything = set(self._parameters), not self._initial
         for bucket in buckets:
+            anything = True
             for name, dtype, array in zip(bucket.names, bucket.dtypes, bucket.arrays, strict=True):
                 if name in missing:
                     local, whole = _local(self._parameters[name]), _as_tensor(array, dtype)
                     rows = -(-whole.shape[0] // self.world)
                     local.copy_(whole[self.rank * rows : self.rank * rows + local.shape[0]])
                     missing.remove(name)
-        if missing:
+        if missing and anything:
             raise WeightSyncError(f"the version lacks {len(missing)} parameters, {min(missing)} among them")
         self._reshard()
         self.reset_optimizer()

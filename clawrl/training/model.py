@@ -20,7 +20,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from clawrl.config import LoraSection
 from clawrl.errors import ConfigError
+from clawrl.training.adapter import inject
 
 ATTENTION = "clawrl_packed"
 RESHARD_ABOVE_PARAMETERS = 500_000_000  # smaller models stay whole between forward and backward: fewer collectives
@@ -43,10 +45,24 @@ class TokenScorer(nn.Module):
         self.logit_chunk = logit_chunk
 
     @classmethod
-    def load(cls, folder: str, *, logit_chunk: int, activation_checkpointing: bool = False) -> TokenScorer:
-        """Read a Hugging Face model as float32 master weights. Raises ConfigError if it cannot be trained packed."""
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=ATTENTION)
+    def load(
+        cls,
+        folder: str,
+        *,
+        logit_chunk: int,
+        activation_checkpointing: bool = False,
+        lora: LoraSection | None = None,
+        frozen_dtype: torch.dtype = torch.float32,
+    ) -> TokenScorer:
+        """Read a Hugging Face model as float32 master weights, or in `frozen_dtype` under an adapter that learns.
+
+        Raises ConfigError if it cannot be trained packed.
+        """
+        dtype = torch.float32 if lora is None else frozen_dtype
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=ATTENTION)
         _require_plain(model, folder)
+        if lora is not None:
+            model = inject(model, lora)
         if activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         return cls(model.train(), logit_chunk)

@@ -77,7 +77,7 @@ def train_rank(loop: TrainLoop, checkpoint_folder: Path) -> None:
     device = ray.train.torch.get_device()
     mesh = init_device_mesh(device.type, (ray.train.get_context().get_world_size(),))
     model = model_path(loop.model)
-    learner = Learner(model, settings, loop.learning, mesh)
+    learner = Learner(model, settings, loop.learning, mesh, loop.lora)
     checkpoints = TrainerCheckpoints(checkpoint_folder, settings.checkpoint_every)
     inspection = Inspection(learner, loop.gate, stop_token(model))
     _Rank(loop, learner, checkpoints, inspection, canary_sequences(model)).run()
@@ -182,7 +182,7 @@ class _Rank:
             version = WeightVersion(
                 number=self._version,
                 parent=head.number,
-                kind="full",
+                kind="full" if self._loop.lora is None else "lora",
                 checkpoint=None,
                 samples=tuple(sample.id for sample in batch.samples),
                 metrics=metrics,

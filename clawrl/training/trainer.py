@@ -17,7 +17,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError
 
-from clawrl.config import GateSection, LearningSection, TrainerSection, VersionsSection
+from clawrl.config import GateSection, LearningSection, LoraSection, TrainerSection, VersionsSection
 from clawrl.training.weights import Head
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class TrainLoop:
     store: Any
     journal: Any = None  # asked for held-out turns; needed where the gate is enabled
     gate: GateSection = field(default_factory=lambda: GateSection(enabled=False))
+    lora: LoraSection | None = None  # versions are adapters
 
 
 def run_trainer(

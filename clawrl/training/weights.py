@@ -26,9 +26,10 @@ from typing import Any
 
 import ray
 
-from clawrl.config import VersionsSection
+from clawrl.config import LoraSection, VersionsSection
 from clawrl.errors import WeightSyncError, WithdrawnError
 from clawrl.observe import metric
+from clawrl.training.adapter import description
 from clawrl.training.checkpoint import (
     export_checkpoint,
     model_folder,
@@ -37,6 +38,7 @@ from clawrl.training.checkpoint import (
     remove_states,
     remove_unfinished,
     require_whole,
+    write_adapter,
     write_canary,
     write_checkpoint,
 )
@@ -70,9 +72,20 @@ class _Replica:
 
 
 class WeightStore:
-    """Versions in memory and on disk, and who serves which; `journal` is the journal actor's handle."""
+    """Versions in memory and on disk, and who serves which; `journal` is the journal actor's handle.
 
-    def __init__(self, settings: VersionsSection, journal: Any, run_directory: str, model: str) -> None:
+    With `lora` they are adapters of the model, and version 0, the model itself, has no tensors.
+    """
+
+    def __init__(
+        self,
+        settings: VersionsSection,
+        journal: Any,
+        run_directory: str,
+        model: str,
+        lora: LoraSection | None = None,
+    ) -> None:
+        self._adapter = None if lora is None else description(lora, model)
         self._settings, self._journal = settings, journal
         self._folder, self._base = Path(run_directory) / "versions", model_folder(model)
         self._registry: Registry | None = None
@@ -133,7 +146,10 @@ class WeightStore:
                 raise WeightSyncError(f"version {version.number} has buckets {sorted(held)} of {num_buckets}; hold all")
             folder = self._folder / str(version.number)
             buckets = [await held[index] for index in range(num_buckets)]
-            await asyncio.to_thread(write_checkpoint, folder, buckets, self._base, canary)
+            if self._adapter is None:
+                await asyncio.to_thread(write_checkpoint, folder, buckets, self._base, canary)
+            else:
+                await asyncio.to_thread(write_adapter, folder, buckets, self._adapter, canary)
             if not await self._enter(registry, replace(version, checkpoint=str(folder))):
                 del self._held[version.number]
                 await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
@@ -502,6 +518,8 @@ class WeightStore:
     async def _loaded(self, number: int) -> list[ray.ObjectRef]:
         """References to a version's buckets, from memory or else read from its checkpoint."""
         (await self._known()).state(number)
+        if number == 0 and self._adapter is not None:
+            return []  # the base itself, which everyone has
         if number not in self._held:
             folder = self._checkpoint(number)
             logger.info("event=version_read version=%d folder=%s", number, folder)
@@ -514,7 +532,7 @@ class WeightStore:
         canary = await self._canary(number)
         if canary is None:
             raise WeightSyncError(f"version {number} has no canary; its folder {self._folder / str(number)} is damaged")
-        return Publication(number, len(await self._loaded(number)), canary)
+        return Publication(number, len(await self._loaded(number)), canary, self._adapter if number else None)
 
     async def _canary(self, number: int) -> Canary | None:
         if number not in self._canaries:

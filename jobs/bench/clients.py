@@ -58,7 +58,8 @@ def measure(
 def _vllm(options: Sequence[str]) -> Iterator[str]:
     port = free_port()
     command = [sys.executable, "-m", "jobs.bench.bare", str(port), *options]
-    with program(command, f"http://127.0.0.1:{port}/health"):
+    patient = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600"}  # else LiteLLM asks over connections that were just closed
+    with program(command, f"http://127.0.0.1:{port}/health", {**os.environ, **patient}):
         yield f"http://127.0.0.1:{port}/v1"
 
 
@@ -75,8 +76,13 @@ def _litellm(root: Path, behind: str) -> Iterator[str]:
     there = {"model": "hosted_vllm/clawrl", "api_base": behind, "api_key": "none"}
     settings.write_text(json.dumps({"model_list": [{"model_name": "clawrl", "litellm_params": there}]}))
     command = [str(folder / "bin" / "litellm"), "--config", str(settings), "--host", "127.0.0.1", "--port", str(port)]
-    quiet = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR", "PYTHONPATH": ""}
-    with program(command, f"http://127.0.0.1:{port}/health/liveliness", {**os.environ, **quiet}):
+    alone = {  # it listens to this machine only
+        "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "LITELLM_LOG": "ERROR",
+        "PYTHONPATH": "",
+    }
+    with program(command, f"http://127.0.0.1:{port}/health/liveliness", {**os.environ, **alone}):
         yield f"http://127.0.0.1:{port}/v1"
 
 

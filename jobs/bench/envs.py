@@ -125,8 +125,9 @@ def measure(*, crowd: int, episodes: int, rounds: int, seconds: float) -> tuple[
 
 
 def registered() -> list[str]:
-    """The names under which gymnasium makes our environments."""
-    return [name for name, spec in gymnasium.registry.items() if str(spec.entry_point).startswith("envs.")]
+    """The names under which gymnasium makes our environments that have tasks to train on: BFCL is only measured."""
+    ours = [name for name, spec in gymnasium.registry.items() if str(spec.entry_point).startswith("envs.")]
+    return [name for name in ours if name != "clawrl/Bfcl-v0"]
 
 
 def _say(*figures: Figure) -> None:

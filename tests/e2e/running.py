@@ -18,6 +18,16 @@ import pytest
 from clawrl.journal.store import JournalReader
 from jobs.chaos.target import free_port
 
+ON_CPU = [
+    *("policy.model=clawrl:tiny", "policy.dtype=float32", "policy.gpus_per_replica=0", "policy.enforce_eager=true"),
+    *("policy.max_model_len=2048", "policy.max_reply_tokens=512", "policy.temperature=1.0", "policy.replicas=1"),
+    *("policy.reasoning_parser=null", "policy.tool_parser=hermes"),
+    *("judge.gpus_per_replica=0", "judge.dtype=float32", "judge.prompts=tiny", "judge.max_verdict_tokens=128"),
+    *("trainer.workers=2", "trainer.gpus_per_worker=0", "trainer.dtype=float32", "trainer.learning_rate=3e-3"),
+    *("trainer.pack_tokens=4096", "buffer.batch_size=32", "versions.canary_tolerance=0.02"),
+]
+"""What makes a configuration for GPUs one for this machine and the built-in model; all else is as the file has it."""
+
 READY_S = 240.0
 STOP_S = 15.0
 

@@ -22,7 +22,7 @@ from running import STOP_S, Server, stop_server
 
 from clawrl.config import model_path
 from clawrl.training.checkpoint import read_canary
-from clawrl.training.model import TokenScorer
+from clawrl.training.model import ATTENTION, TokenScorer
 from envs.chat.conversation import evaluate, hold_conversation
 from envs.chat.user import SimulatedUser
 from envs.chat.world import make_problem
@@ -41,11 +41,23 @@ TOOL = {
 }
 
 
+def loaded(folder: Path, **options: Any) -> Any:
+    """A model in float32, with the adapter that the folder holds in its place."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    adapted = (folder / "adapter_config.json").exists()
+    base = AutoModelForCausalLM.from_pretrained(
+        model_path("clawrl:tiny") if adapted else folder, dtype=torch.float32, **options
+    )
+    return PeftModel.from_pretrained(base, str(folder)).merge_and_unload() if adapted else base
+
+
 def scored(model: str, prompt_ids: np.ndarray, completion_ids: np.ndarray) -> np.ndarray:
-    """The trainer's own log-probabilities of a reply, f32[T], with the weights in a folder."""
+    """The trainer's own log-probabilities of a reply, f32[T], with the weights, or the adapter, in a folder."""
     token_ids = np.concatenate([prompt_ids, completion_ids]).astype(np.int64)
     positions = np.arange(len(prompt_ids) - 1, len(token_ids) - 1)
-    scorer = TokenScorer.load(model, logit_chunk=64, activation_checkpointing=False)
+    scorer = TokenScorer(loaded(Path(model), attn_implementation=ATTENTION), logit_chunk=64)
     with torch.no_grad():
         out = scorer(
             torch.from_numpy(token_ids),
@@ -360,8 +372,6 @@ def test_a_rollback_fails_no_request_and_training_goes_on_from_there(server: Ser
 
 
 def test_a_version_is_pinned_compared_and_exported(server: Server, tmp_path: Path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     states = server.status()["versions"]["states"]
     number = server.status()["versions"]["serving"]
     assert f"version {number} is pinned" in clawrl(server, "pin", str(number))
@@ -370,8 +380,7 @@ def test_a_version_is_pinned_compared_and_exported(server: Server, tmp_path: Pat
     clawrl(server, "export", str(number), str(tmp_path / "out"))
     canary = read_canary(server.run_directory / "versions" / str(number))
     assert canary is not None
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").encode("hello")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model = loaded(tmp_path / "out")
     for ids, logprobs in zip(canary.token_ids, canary.logprobs, strict=True):
         tokens = torch.from_numpy(ids).long()
         with torch.no_grad():

@@ -14,7 +14,7 @@ GPUS = {"cpu": 0, "one_gpu": 1, "eight_gpu": 8}
 
 
 def num_gpus(config: Config) -> float:
-    engines = (config.policy, config.judge)
+    engines = (config.policy, config.judge) if config.judge.engine == "own" else (config.policy,)
     return (
         sum(engine.replicas * engine.gpus_per_replica for engine in engines)
         + config.trainer.workers * config.trainer.gpus_per_worker
@@ -28,7 +28,8 @@ def test_every_shipped_file_loads(path):
         if engine.gpus_per_replica:
             assert engine.dtype != "float32", "a GPU engine in float32 wastes half of its memory"
     assert config.trainer.pack_tokens >= config.policy.max_model_len, "the longest sample must fit into one pass"
-    assert config.judge.max_model_len >= config.policy.max_model_len, "the teacher reads the policy's prompts"
+    if config.judge.engine == "own":
+        assert config.judge.max_model_len >= config.policy.max_model_len, "the teacher reads the policy's prompts"
 
 
 @pytest.mark.parametrize(("name", "gpus"), GPUS.items())
@@ -38,7 +39,8 @@ def test_gpu_totals_agree_with_the_file_name(name, gpus):
 
 def test_one_gpu_engines_leave_memory_to_the_trainer():
     config = load_config(CONFIGS / "one_gpu.toml")
-    assert config.policy.gpu_memory_utilization + config.judge.gpu_memory_utilization <= 0.5
+    assert config.judge.engine == "policy"
+    assert config.policy.gpu_memory_utilization <= 0.5
 
 
 def test_cpu_file_states_the_defaults_and_nothing_else():
@@ -48,7 +50,7 @@ def test_cpu_file_states_the_defaults_and_nothing_else():
 def test_cpu_file_shows_every_key_to_a_new_user():
     tree = tomllib.loads((CONFIGS / "cpu.toml").read_text())
     for name, section in Config():
-        assert name in tree or name == "pools"  # which have files of their own
+        assert name in tree or name in ("pools", "lora")  # which have files of their own
         if isinstance(tree.get(name), dict):
             absent = {key for key, value in section if key not in tree[name] and value is not None}
             assert absent <= {"gpu_memory_utilization"}, f"[{name}] does not show {absent}"
@@ -186,3 +188,13 @@ def test_model_path(tmp_path):
     for absent in (str(tmp_path / "nothing"), "./nothing", "clawrl:nothing"):
         with pytest.raises(ConfigError, match=r"nothing.* is not a model folder"):
             model_path(absent)
+
+
+def test_the_policys_engine_judges_only_where_versions_are_adapters():
+    with pytest.raises(ConfigError, match=r"judge\.engine=policy .*add a \[lora\] section"):
+        load_config(None, ["judge.engine=policy"])
+    config = load_config(None, ["judge.engine=policy", "lora.rank=8", "policy.model=some/model"])
+    assert config.lora is not None
+    assert config.lora.rank == 8
+    with pytest.raises(ConfigError, match=r"lora\.ranks is not a key; allowed here: alpha, in_batch, rank, targets"):
+        load_config(None, ["lora.ranks=8"])

@@ -14,6 +14,7 @@ from clawrl.errors import ConfigError
 from clawrl.journal.store import JournalStore
 from clawrl.main import System, check, open_run
 from clawrl.types import Erasure, VersionEvent, WeightVersion
+from jobs.chaos.target import free_port
 
 
 def config(root: Path, **changed) -> Config:
@@ -68,6 +69,24 @@ def test_a_run_keeps_the_model_it_began_with(tmp_path):
     (folder / "run.json").write_text(json.dumps({"model": "/another/model"}))
     with pytest.raises(ConfigError, match=r"began with policy\.model='/another/model'"):
         open_run(config(tmp_path))
+
+
+def test_a_run_keeps_the_form_of_its_adapters(tmp_path):
+    opened(tmp_path, lora={"rank": 8})
+    opened(tmp_path, lora={"rank": 8, "in_batch": 9})
+    with pytest.raises(ConfigError, match=r"began with lora=\{'rank': 8, .*set run=new for \{'rank': 16"):
+        open_run(config(tmp_path, lora={"rank": 16}))
+    with pytest.raises(ConfigError, match="set run=new for none"):
+        open_run(config(tmp_path))
+    first = opened(tmp_path, run="new")
+    (first / "run.json").write_text(json.dumps({"model": "clawrl:tiny"}))  # of a time when there were no adapters
+    assert opened(tmp_path) == first
+
+
+def test_layers_that_the_model_does_not_have(tmp_path):
+    lora = {"targets": ["q_proj", "qkv"]}
+    with pytest.raises(ConfigError, match=r"lora\.targets: model 'clawrl:tiny' has no layer 'qkv'; it has .*q_proj"):
+        check(config(tmp_path, lora=lora, gateway={"port": free_port()}))
 
 
 @pytest.mark.parametrize(("known", "newest"), [(0, 0), (3, 3), (3, 4), (3, 1)])

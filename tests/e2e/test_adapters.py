@@ -1,0 +1,111 @@
+"""Versions as adapters, one engine for policy and judge: served while people talk, let go, taken back, exported."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from running import Server, start_server, stop_server
+from test_system import QUESTION, clawrl, converse, loaded, scored
+
+from clawrl.config import model_path
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+CONFIG = Path(__file__).parents[2] / "configs" / "cpu_lora.toml"
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = start_server(tmp_path_factory.mktemp("adapted"), "--config", str(CONFIG))
+    yield server
+    if server.process.poll() is None:
+        stop_server(server)
+
+
+def long_reply(server: Server) -> str:
+    """The id of a reply of many tokens, which takes seconds."""
+    answer = server.client().chat.completions.create(
+        model="clawrl",
+        messages=QUESTION,  # type: ignore[arg-type]
+        max_tokens=1800,
+        extra_body={"ignore_eos": True},
+        extra_headers={"X-Turn-Type": "side"},
+    )
+    return answer.id
+
+
+def test_adapters_learn_and_no_request_changes_its_weights_midway(adapted: Server):
+    replies, done = [], threading.Event()
+
+    def ask() -> None:
+        while not done.is_set():
+            replies.append(long_reply(adapted))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        conversations = asyncio.run(converse(adapted, 120, 12, seed=3))
+        adapted.wait_for("versions", lambda: adapted.status()["journal"]["versions"] >= 3)
+    finally:
+        done.set()
+        asking.join()
+    assert sum(conversation.num_failed for conversation in conversations) == 0
+    journal = adapted.journal()
+    assert {version.kind for version in journal.versions()} == {"lora"}
+    swaps = [swap for swap in journal.swaps() if swap.version > 0]
+    assert all(swap.canary_error < 1e-3 and swap.canary_moved and swap.stall_ms == 0 for swap in swaps), swaps
+    turns = [journal.turn(reply) for reply in replies]
+    assert all(turn is not None and len(turn.capture.versions) == 1 for turn in turns)
+    spans = [(turn.started, turn.ended) for turn in turns if turn]
+    over = [swap.version for swap in swaps if any(start < swap.at < end for start, end in spans)]
+    assert over, "no reply was under way while a version came"
+
+
+def test_the_judge_in_the_same_engine_is_the_model_without_an_adapter(adapted: Server):
+    """Its scores of replies sampled under an adapter are those of the model as it was, and not the adapter's."""
+    samples = [sample for _, sample in adapted.journal().samples_to_train(0, 10_000)]
+    samples += [sample for sample, _ in adapted.journal().held_out(100)]
+    late = [sample for sample in samples if sample.oldest_version > 0 and sample.reference_logprobs is not None]
+    assert late, "runs after the learning test, which leaves some"
+    for sample in late[:5]:
+        mask = sample.loss_mask
+        start = int(np.flatnonzero(mask)[0])
+        initial = scored(model_path("clawrl:tiny"), sample.token_ids[:start], sample.token_ids[start:])
+        assert sample.reference_logprobs is not None
+        np.testing.assert_allclose(sample.reference_logprobs[start:], initial, atol=1e-3)
+    gaps = [np.abs((each.reference_logprobs - each.logprobs)[each.loss_mask]).max() for each in late]
+    assert max(gaps) > 0.05
+
+
+def test_a_reply_is_the_published_adapters(adapted: Server):
+    turn = adapted.journal().turn(long_reply(adapted))
+    assert turn is not None
+    (span,) = turn.capture.versions
+    assert span.version == adapted.status()["versions"]["serving"] > 0
+    folder = adapted.run_directory / "versions" / str(span.version)
+    found = scored(str(folder), turn.capture.prompt_ids, turn.capture.completion_ids)
+    np.testing.assert_allclose(found, turn.capture.logprobs, atol=1e-3)
+
+
+def test_adapters_that_nobody_uses_leave_the_machine(adapted: Server):
+    folders = adapted.run_directory / "adapters"
+    adapted.wait_for("one adapter", lambda: len(list(folders.iterdir())) == 1, timeout_s=60)
+
+
+def test_an_adapter_is_exported_and_version_0_is_the_model_itself(adapted: Server, tmp_path: Path):
+    serving = adapted.status()["versions"]["serving"]
+    clawrl(adapted, "export", str(serving), str(tmp_path / "mine"))
+    assert (tmp_path / "mine" / "adapter_model.safetensors").exists()
+    assert loaded(tmp_path / "mine")
+    assert "version 0 serves" in clawrl(adapted, "rollback", "0")
+    adapted.wait_for("version 0", lambda: set(adapted.status()["versions"]["replicas"].values()) == {0})
+    turn = adapted.journal().turn(long_reply(adapted))
+    assert turn is not None
+    assert [span.version for span in turn.capture.versions] == [0]
+    initial = scored(model_path("clawrl:tiny"), turn.capture.prompt_ids, turn.capture.completion_ids)
+    np.testing.assert_allclose(initial, turn.capture.logprobs, atol=1e-3)

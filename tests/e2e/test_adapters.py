@@ -27,12 +27,12 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         stop_server(server)
 
 
-def long_reply(server: Server) -> str:
-    """The id of a reply of many tokens, which takes seconds."""
+def reply(server: Server, num_tokens: int = 200) -> str:
+    """The id of a reply of so many tokens."""
     answer = server.client().chat.completions.create(
         model="clawrl",
         messages=QUESTION,  # type: ignore[arg-type]
-        max_tokens=1800,
+        max_tokens=num_tokens,
         extra_body={"ignore_eos": True},
         extra_headers={"X-Turn-Type": "side"},
     )
@@ -44,7 +44,7 @@ def test_adapters_learn_and_no_request_changes_its_weights_midway(adapted: Serve
 
     def ask() -> None:
         while not done.is_set():
-            replies.append(long_reply(adapted))
+            replies.append(reply(adapted, 1800))
 
     asking = threading.Thread(target=ask)
     asking.start()
@@ -59,7 +59,7 @@ def test_adapters_learn_and_no_request_changes_its_weights_midway(adapted: Serve
     assert {version.kind for version in journal.versions()} == {"lora"}
     swaps = [swap for swap in journal.swaps() if swap.version > 0]
     assert all(swap.canary_error < 1e-3 and swap.canary_moved and swap.stall_ms == 0 for swap in swaps), swaps
-    turns = [journal.turn(reply) for reply in replies]
+    turns = [journal.turn(each) for each in replies]
     assert all(turn is not None and len(turn.capture.versions) == 1 for turn in turns)
     spans = [(turn.started, turn.ended) for turn in turns if turn]
     over = [swap.version for swap in swaps if any(start < swap.at < end for start, end in spans)]
@@ -83,7 +83,7 @@ def test_the_judge_in_the_same_engine_is_the_model_without_an_adapter(adapted: S
 
 
 def test_a_reply_is_the_published_adapters(adapted: Server):
-    turn = adapted.journal().turn(long_reply(adapted))
+    turn = adapted.journal().turn(reply(adapted))
     assert turn is not None
     (span,) = turn.capture.versions
     assert span.version == adapted.status()["versions"]["serving"] > 0
@@ -104,7 +104,7 @@ def test_an_adapter_is_exported_and_version_0_is_the_model_itself(adapted: Serve
     assert loaded(tmp_path / "mine")
     assert "version 0 serves" in clawrl(adapted, "rollback", "0")
     adapted.wait_for("version 0", lambda: set(adapted.status()["versions"]["replicas"].values()) == {0})
-    turn = adapted.journal().turn(long_reply(adapted))
+    turn = adapted.journal().turn(reply(adapted))
     assert turn is not None
     assert [span.version for span in turn.capture.versions] == [0]
     initial = scored(model_path("clawrl:tiny"), turn.capture.prompt_ids, turn.capture.completion_ids)

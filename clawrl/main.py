@@ -123,6 +123,7 @@ class System:
             "weights", WeightStore, config.versions, journal, str(self.run_directory), config.policy.model, config.lora
         )
         buffer = self._actor("buffer", ReplayBuffer, config.buffer, journal)
+        shutil.rmtree(self.run_directory / app.ADAPTERS, ignore_errors=True)
         say(f"starting {app.engines(config)} (vLLM)")
         told = {"versions": (store, "status"), "buffer": (buffer, "stats"), "journal": (journal, "counts")}
         admin: dict[str, tuple[Any, str]] = {

@@ -18,6 +18,8 @@ from clawrl.serving.keys import FILE, KeyRing
 from clawrl.serving.policy import Adapters, Policy
 
 APPLICATION = "clawrl"
+ADAPTERS = "adapters"
+"""Folder of a run for those that engines have loaded; what a killed program leaves there, the next one removes."""
 CPU_SHARE = {"gateway": 0.1, "policy": 0.2, "judge": 0.2}
 
 
@@ -37,7 +39,7 @@ def build(
     `here` is the address of the node whose port the gateway opens, as Ray writes it.
     """
     hints = config.learning.method != "rl"
-    adapters = None if config.lora is None else Adapters(config.lora, run_directory / "adapters")
+    adapters = None if config.lora is None else Adapters(config.lora, run_directory / ADAPTERS)
     if config.judge.engine == "policy":
         deployment = _engine_deployment(PolicyAndJudge, "policy", config.policy)
         policy = judge = deployment.bind(config.policy, store, adapters, config.judge, hints)

@@ -67,10 +67,10 @@ class Server:
         return held
 
 
-def start_server(run_root: Path, *overrides: str) -> Server:
-    """`clawrl serve` on a free port; returns when /healthz answers."""
+def start_server(run_root: Path, *words: str) -> Server:
+    """`clawrl serve` with these words, options first, on a free port; returns when /healthz answers."""
     port = free_port()
-    command = [sys.executable, "-m", "clawrl.cli", "serve", f"gateway.port={port}", f"run_root={run_root}", *overrides]
+    command = [sys.executable, "-m", "clawrl.cli", "serve", *words, f"gateway.port={port}", f"run_root={run_root}"]
     log = (run_root / "serve.log").open("w")
     environment = {**os.environ, "CLAWRL_RAY_LOGS": "1"}
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)

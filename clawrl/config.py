@@ -342,7 +342,8 @@ class PoolSection(Section):
 class ChatSection(Section):
     """The simulated users of `clawrl demo`."""
 
-    persona: Literal["student", "assistant", "teacher"] = "student"
+    persona: Literal["student", "assistant", "teacher", "all"] = "student"
+    memory: bool = Field(default=False, description="Their client keeps hints as notes and sends them along.")
     conversations: int = Field(default=400, ge=1)
     concurrency: int = Field(default=12, ge=1)
     max_turns: int = Field(default=3, ge=1)

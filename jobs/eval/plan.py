@@ -36,6 +36,7 @@ class Plan:
     limits: str  # the same, told
     what: str  # what a measure is a share of
     along: str  # what learning curves go along
+    figures: tuple[str, ...] = ()  # what is one number of each run, and no share
 
     @property
     def runs(self) -> list[tuple[Arm, int]]:

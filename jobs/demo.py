@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import logging
 import os
-import random
 import signal
 import sys
 import time
@@ -36,15 +35,14 @@ from rich.text import Text
 
 import jobs
 from clawrl.cli import add_config_options, config_of
-from clawrl.config import ChatSection, Config
+from clawrl.config import Config
 from clawrl.errors import ClawrlError, ConfigError
 from clawrl.observe import set_up_logging
 from clawrl.types import Swap, WeightVersion
 from envs.chat.conversation import Conversation, Evaluation, evaluate, hold_conversation, pooled
-from envs.chat.user import PERSONAS, Persona, SimulatedUser
-from envs.chat.world import make_problems
 from jobs import report
 from jobs.notes import NO_NOTES, NoNotes, Notebook, opening
+from jobs.people import People
 from jobs.report import Evidence, FirstReply, Stream
 from jobs.suite import SuiteResult, ask_suite, questions
 
@@ -71,7 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.seed is not None:
             options.overrides += [f"chat.seed={options.seed}", f"trainer.seed={options.seed}"]
         options.overrides.insert(0, "run=new")  # a demonstration begins with the model as it is
-        result = _run(config_of(options), screen)
+        config = config_of(options)
+        People(config.chat)  # a file of problems that cannot be used is told before anything starts
+        result = _run(config, screen)
     except (KeyboardInterrupt, SystemExit):
         print("clawrl: interrupted; everything is stopped", file=sys.stderr)
         return 130
@@ -180,10 +180,6 @@ async def _demonstrate(config: Config, system: Any, screen: Screen) -> Evidence:
     )
 
 
-def personas_of(chat: ChatSection) -> tuple[Persona, ...]:
-    return PERSONAS if chat.persona == "all" else (chat.persona,)
-
-
 async def measure(client: openai.AsyncOpenAI, config: Config) -> Evaluation:
     """`measure_each` as one."""
     return pooled(await measure_each(client, config, NO_NOTES))
@@ -191,23 +187,22 @@ async def measure(client: openai.AsyncOpenAI, config: Config) -> Evaluation:
 
 async def measure_each(client: openai.AsyncOpenAI, config: Config, notebook: Notebook | NoNotes) -> list[Evaluation]:
     """Held-out first messages at the policy's own temperature, as side calls; the personas share the problems."""
-    chat, personas = config.chat, personas_of(config.chat)
-    problems = make_problems(chat.evaluation_problems, "heldout", seed=chat.seed)
-    found = []
-    for at, persona in enumerate(personas):
+    people, found = People(config.chat), []
+    for persona in people.personas:
         found.append(
             await evaluate(
                 client,
                 config.policy.served_name,
                 persona,
-                problems[at :: len(personas)],
+                people.problems_of(persona),
                 EVALUATION_CONCURRENCY,
                 account=persona,
                 opening=opening(await notebook.notes(persona)),
+                reply_tokens=config.chat.reply_tokens,
             )
         )
         if not found[-1].num_replies:
-            raise ClawrlError(f"none of {len(problems)} requests was answered; see the logs in the run directory")
+            raise ClawrlError(f"none of the {persona}'s requests was answered; see the logs in the run directory")
     return found
 
 
@@ -249,14 +244,13 @@ async def converse(
     Each person behind them is one account with one taste. They are in no hurry: what they say is worth little to a
     trainer that comes to it many versions later.
     """
-    chat, personas = config.chat, personas_of(config.chat)
+    chat, people = config.chat, People(config.chat)
     places = asyncio.Semaphore(chat.concurrency)
 
     async def one(number: int) -> Conversation:
         async with places:
             await watch.caught_up(BATCHES_WAITING * config.buffer.batch_size)
-            persona = personas[number % len(personas)]
-            user = SimulatedUser(persona, random.Random(f"{chat.seed} {number}"))
+            user = people.person(number)
             session, began = f"demo-{chat.seed}-{number}", time.time()
             talk = await hold_conversation(
                 client,
@@ -265,8 +259,9 @@ async def converse(
                 None,
                 session,
                 chat.max_turns,
-                account=persona,
-                opening=opening(await notebook.notes(persona)),
+                account=user.persona,
+                opening=opening(await notebook.notes(user.persona)),
+                reply_tokens=chat.reply_tokens,
             )
             screen.converse(talk, began)
             return talk

@@ -17,8 +17,8 @@ import openai
 
 from clawrl.types import Message
 from envs.chat.styles import FORMS, Style, classify
-from envs.chat.user import Persona, SimulatedUser, satisfies
-from envs.chat.world import Problem, Solution, check
+from envs.chat.user import Person, Persona, satisfies
+from envs.chat.world import Question, Solution
 
 log = logging.getLogger(__name__)
 
@@ -82,13 +82,14 @@ class _Wire:
 async def hold_conversation(
     client: openai.AsyncOpenAI,
     model: str,
-    user: SimulatedUser,
-    problem: Problem | None,
+    user: Person,
+    problem: Question | None,
     session_id: str,
     max_turns: int,
     stream: bool = True,
     account: str | None = None,
     opening: Opening = list,
+    reply_tokens: int = REPLY_TOKENS,
 ) -> Conversation:
     """Talk until the user is done or has sent `max_turns` messages; `account` is the protocol's `user` field.
 
@@ -101,7 +102,7 @@ async def hold_conversation(
     while said is not None and len(exchanges) < max_turns:
         reaction = user.reaction
         messages.append({"role": "user", "content": said})
-        request: dict[str, Any] = {"model": model, "messages": opening(messages), "max_completion_tokens": REPLY_TOKENS}
+        request: dict[str, Any] = {"model": model, "messages": opening(messages), "max_completion_tokens": reply_tokens}
         if account is not None:
             request["user"] = account
         reply = await _ask(client, request, {"X-Session-Id": session_id}, stream, wire)
@@ -110,9 +111,9 @@ async def hold_conversation(
         messages.append({"role": "assistant", "content": reply})
         style = classify(reply)
         exchanges.append(
-            Exchange(said, reaction, reply, style, check(user.problem, reply), satisfies(user.persona, style))
+            Exchange(said, reaction, reply, style, user.problem.read(reply), satisfies(user.persona, style))
         )
-        said = user.answer(reply)
+        said = await user.react(reply)
     return Conversation(
         session=session_id,
         persona=user.persona,
@@ -127,23 +128,24 @@ async def evaluate(
     client: openai.AsyncOpenAI,
     model: str,
     persona: Persona,
-    problems: Sequence[Problem],
+    problems: Sequence[Question],
     concurrency: int = 16,
     account: str | None = None,
     opening: Opening = list,
+    reply_tokens: int = REPLY_TOKENS,
 ) -> Evaluation:
     """Ask every problem once, without any word on style; marked as side calls, so that they never train."""
     gate = asyncio.Semaphore(concurrency)
     user: dict[str, Any] = {} if account is None else {"user": account}
 
-    async def one(problem: Problem) -> Answer | None:
+    async def one(problem: Question) -> Answer | None:
         messages = opening([{"role": "user", "content": problem.question}])
         async with gate:
             try:
                 completion = await client.chat.completions.create(
                     model=model,
                     messages=cast(Any, messages),
-                    max_completion_tokens=REPLY_TOKENS,
+                    max_completion_tokens=reply_tokens,
                     extra_headers={"X-Turn-Type": "side"},
                     **user,
                 )
@@ -165,11 +167,11 @@ class Answer:
     id: str
 
 
-def summarise(persona: Persona, problems: Sequence[Problem], answers: Sequence[Answer | None]) -> Evaluation:
+def summarise(persona: Persona, problems: Sequence[Question], answers: Sequence[Answer | None]) -> Evaluation:
     """The evaluation of an answer per problem; None where no reply came."""
     answered = [(problem, answer) for problem, answer in zip(problems, answers, strict=True) if answer is not None]
     styles = [classify(answer.text) for _, answer in answered]
-    solutions = [check(problem, answer.text) for problem, answer in answered]
+    solutions = [problem.read(answer.text) for problem, answer in answered]
     wanted = [satisfies(persona, style) for style in styles]
     sound = [solution.correct and solution.shows_work for solution in solutions]
     forms = [style.form for style in styles]

@@ -140,7 +140,7 @@ def test_a_user_reacts_in_the_stated_shares():
     user = SimulatedUser("student", rng)
     for _ in range(3000):
         user.begin()
-        user.answer(render(user.problem, Style("steps"), rng))
+        user.answer(render(cast(Problem, user.problem), Style("steps"), rng))
         reactions.append(user.reaction)
     for reaction, share in REACTIONS.items():
         assert reactions.count(reaction) / 3000 == pytest.approx(share, abs=0.03), reaction
@@ -152,7 +152,7 @@ def test_a_satisfied_user_never_complains(persona):
     user = SimulatedUser(persona, rng, Mood(unseen=0.5, written=0.5))
     for _ in range(200):
         user.begin()
-        user.answer(render(user.problem, Style("plain", friendly=True, checked=True), rng))
+        user.answer(render(cast(Problem, user.problem), Style("plain", friendly=True, checked=True), rng))
         assert user.reaction in ("thanks", "praise", "agree", "next")
 
 

@@ -64,6 +64,7 @@ class ModelUser:
                 {"role": "user", "content": "\n\n".join([*self._transcript, "Your next message:"])},
             ],
             max_completion_tokens=SAID_TOKENS,
+            extra_headers={"X-Turn-Type": "side"},  # a clawrl that plays somebody does not learn from it
         )
         said = (completion.choices[0].message.content or "").strip().removeprefix("You:").strip()
         if not said or END in said:

@@ -51,8 +51,9 @@ DRAIN_S = 120.0
 EVALUATION_CONCURRENCY = 16
 BATCHES_WAITING = 2
 """The next conversation begins when fewer turns than this many batches wait for the judge or the trainer."""
-UNJUDGED_WAITING = 64
-"""As with the default batch, where batches are larger or never come full."""
+JUDGED_WAITING = 2
+"""Nor while more turns wait for the judge than it judges side by side, so many times over: whoever keeps notes of its
+hints waits for these, not for the trainer."""
 DIVERGENCE_REPLIES = 64
 """Replies that the reference scores too."""
 REQUEST_S = 120.0
@@ -249,7 +250,9 @@ async def converse(
 
     async def one(number: int) -> Conversation:
         async with places:
-            await watch.caught_up(BATCHES_WAITING * config.buffer.batch_size)
+            await watch.caught_up(
+                BATCHES_WAITING * config.buffer.batch_size, JUDGED_WAITING * config.judge.concurrency
+            )
             user = people.person(number)
             session, began = f"demo-{chat.seed}-{number}", time.time()
             talk = await hold_conversation(
@@ -384,12 +387,12 @@ class Watch:
                 self._screen.show(self.state)
                 await asyncio.sleep(POLL_S)
 
-    async def caught_up(self, limit: int) -> None:
-        """Wait until fewer than `limit` turns wait for the judge or the trainer, and not too many for the judge."""
+    async def caught_up(self, limit: int, unjudged: int) -> None:
+        """Wait until fewer than `limit` turns wait for the judge or the trainer, `unjudged` of them for the judge."""
 
         def settled() -> bool:
             state = self.state
-            return state.unjudged < UNJUDGED_WAITING and state.unjudged + state.untrained < limit
+            return state.unjudged < unjudged and state.unjudged + state.untrained < limit
 
         async with self._news:
             await self._news.wait_for(settled)

@@ -35,13 +35,13 @@ MEASURES = {
     "liked": "score",
     "right": "correct",
     "right with the working": "sound",
-    "liked and right with the working": "good",
+    "good": "good",
     "unrelated tasks": "unrelated",
 }
-"""Names of what is measured before and after, as shares, and of the report's fields."""
+"""Names of what is measured before and after, as shares, and of the report's fields. Good: liked, right, working."""
 FIGURES = {
-    "sessions until three in a row are liked": "sessions_until_liked",
-    "sessions until three in a row are liked and right with the working": "sessions_until_good",
+    "sessions until three in a row are liked (never: all)": "sessions_until_liked",
+    "sessions until three in a row are good (never: all)": "sessions_until_good",
     "reply tokens": "reply_tokens_after",
     "change of reply tokens": "reply_tokens_change",
     "KL from the reference, nats per token": "reference_kl",
@@ -80,8 +80,8 @@ def run(options: argparse.Namespace, command: str) -> int:
         measures=(*MEASURES, *(liked_by(person) for person in people if len(people) > 1)),
         budget=(f"chat.conversations={options.conversations}", f"chat.evaluation_problems={options.problems}"),
         limits=f"{options.conversations} conversations",
-        what=f"First replies to {options.problems} held-out problems ({', '.join(people)}; "
-        f"{options.users or 'each run'}), sessions that never came so far counted as all there were",
+        what=f"First replies to {options.problems} held-out problems ({', '.join(people)}"
+        f"{f', {options.users}' if options.users else ''})",
         along="versions",
         figures=tuple(FIGURES),
     )

@@ -337,7 +337,7 @@ def test_users_apart_or_joint_come_out_as_one_arm(tmp_path, monkeypatch, users, 
     assert ("chat.persona=all" in made[0]) == (users == "joint")
     text = (tmp_path / "found.md").read_text()
     assert "| liked by the teacher | memory | 1 | 0.200 | 0.800 | +0.600 |" in text
-    assert "| sessions until three in a row are liked | memory | 1 | 9.000 | 9.000 |" in text
+    assert "| sessions until three in a row are liked (never: all) | memory | 1 | 9.000 | 9.000 |" in text
     assert json.loads((tmp_path / "found.json").read_text())["curves"]["right"].keys() == {"memory"}
 
 

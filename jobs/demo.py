@@ -137,8 +137,9 @@ async def _demonstrate(config: Config, system: Any, screen: Screen) -> Evidence:
     async with open_client(system.url, wire) as client, asyncio.TaskGroup() as group:
         watching = group.create_task(watch.run())
         screen.say(f"measuring on {config.chat.evaluation_problems} held-out problems and the suite of unrelated tasks")
-        before = await measure_each(client, config, notebook)
-        suite_before = await measure_suite(client, config)
+        before, suite_before = await asyncio.gather(
+            measure_each(client, config, notebook), measure_suite(client, config)
+        )
         screen.note(measured(pooled(before)))
         screen.say(f"{config.chat.conversations} conversations, {config.chat.concurrency} at a time")
         screen.expect(config.chat.conversations)
@@ -147,8 +148,7 @@ async def _demonstrate(config: Config, system: Any, screen: Screen) -> Evidence:
         screen.say("waiting for the last judgements and the last training step")
         drained = await watch.drain(config.buffer.batch_size)
         screen.say("measuring again")
-        after = await measure_each(client, config, notebook)
-        suite_after = await measure_suite(client, config)
+        after, suite_after = await asyncio.gather(measure_each(client, config, notebook), measure_suite(client, config))
         divergence = await reference_divergence(system, [id for each in after for id in each.ids])
         screen.note(measured(pooled(after)))
         watching.cancel()
@@ -250,9 +250,7 @@ async def converse(
 
     async def one(number: int) -> Conversation:
         async with places:
-            await watch.caught_up(
-                BATCHES_WAITING * config.buffer.batch_size, JUDGED_WAITING * config.judge.concurrency
-            )
+            await watch.caught_up(BATCHES_WAITING * config.buffer.batch_size, JUDGED_WAITING * config.judge.concurrency)
             user = people.person(number)
             session, began = f"demo-{chat.seed}-{number}", time.time()
             talk = await hold_conversation(

@@ -31,14 +31,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def first_look(runs: Path) -> list[str]:
-    return executed("first_look")
+    return executed("first_look", runs)
 
 
-def executed(name: str) -> list[str]:
-    """The outputs of each code cell as one text."""
+def executed(name: str, runs: Path) -> list[str]:
+    """The outputs of each code cell as one text; the executed notebook is left beside the runs."""
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     resources = {"metadata": {"path": str(NOTEBOOKS)}}
-    NotebookClient(notebook, timeout=CELL_S, kernel_name="python3", resources=resources).execute()
+    try:
+        NotebookClient(notebook, timeout=CELL_S, kernel_name="python3", resources=resources).execute()
+    finally:
+        nbformat.write(notebook, runs.parent / f"{name}.ipynb")
     return ["".join(map(_text, cell.outputs)) for cell in notebook.cells if cell.cell_type == "code"]
 
 
@@ -67,8 +70,8 @@ def test_a_first_look_shows_a_reply_that_changes(first_look: list[str]):
     assert float(share.split()[2]) > 0.4, share
 
 
-def test_the_evidence_is_read_from_findings_and_from_a_run(first_look: list[str]):
-    opened, compared, pairs, _curves, versions, learnt = executed("evidence")
+def test_the_evidence_is_read_from_findings_and_from_a_run(first_look: list[str], runs: Path):
+    opened, compared, pairs, _curves, versions, learnt = executed("evidence", runs)
     assert "docs/results" in opened
     assert compared.count("iVBOR") >= 1, "a picture of the gains"
     assert "difference, paired by seed" in pairs

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import openai
@@ -32,9 +33,6 @@ class People:
     def __init__(self, chat: ChatSection) -> None:
         self._chat = chat
         self.personas = personas_of(chat)
-        self._simulator: openai.AsyncOpenAI | None = None
-        if chat.simulator_url is not None:
-            self._simulator = openai.AsyncOpenAI(base_url=chat.simulator_url, api_key=os.environ.get(KEY, "none"))
         self.draw: Callable[[random.Random], Question] = make_problem
         self.held_out: Sequence[Question] = ()
         if chat.problems is None:
@@ -45,9 +43,13 @@ class People:
     def person(self, number: int) -> Person:
         """Who holds the conversation of this number: the personas in turn, each conversation with its own seed."""
         persona, rng = self.personas[number % len(self.personas)], random.Random(f"{self._chat.seed} {number}")
-        if self._simulator is None:
+        if self._chat.simulator_url is None:
             return SimulatedUser(persona, rng, draw=self.draw)
         return ModelUser(self._simulator, self._chat.simulator_model, persona, rng, self.draw)
+
+    @cached_property
+    def _simulator(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=self._chat.simulator_url, api_key=os.environ.get(KEY, "none"))
 
     def problems_of(self, persona: Persona) -> Sequence[Question]:
         """The persona's share of the held-out problems."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import openai
 
+from clawrl.errors import EnvError
 from envs.chat.user import Persona
 from envs.chat.world import Question
 
@@ -54,21 +55,30 @@ class ModelUser:
         return self.problem.question
 
     async def react(self, reply: str) -> str | None:
-        """The next message, or None when the conversation is over. Raises openai.APIError."""
+        """The next message, or None when the conversation is over. Raises EnvError if the model does not answer."""
         self._transcript.append(f"Assistant: {reply}")
-        role = ROLE.format(wish=WISHES[self.persona], answer=self.problem.answer, end=END)
-        completion = await self._client.chat.completions.create(
-            model=self._model,
-            messages=[
-                {"role": "system", "content": role},
-                {"role": "user", "content": "\n\n".join([*self._transcript, "Your next message:"])},
-            ],
-            max_completion_tokens=SAID_TOKENS,
-            extra_headers={"X-Turn-Type": "side"},  # a clawrl that plays somebody does not learn from it
-        )
-        said = (completion.choices[0].message.content or "").strip().removeprefix("You:").strip()
+        said = (await self._ask()).strip().removeprefix("You:").strip()
         if not said or END in said:
             return None
         self.reaction = "model"
         self._transcript.append(f"You: {said}")
         return said
+
+    async def _ask(self) -> str:
+        role = ROLE.format(wish=WISHES[self.persona], answer=self.problem.answer, end=END)
+        try:
+            completion = await self._client.chat.completions.create(
+                model=self._model,
+                messages=[
+                    {"role": "system", "content": role},
+                    {"role": "user", "content": "\n\n".join([*self._transcript, "Your next message:"])},
+                ],
+                max_completion_tokens=SAID_TOKENS,
+                extra_headers={"X-Turn-Type": "side"},  # a clawrl that plays somebody does not learn from it
+            )
+        except openai.APIError as error:
+            raise EnvError(
+                f"the model {self._model!r} at {self._client.base_url} cannot play the user: {error}; "
+                "check chat.simulator_url and chat.simulator_model"
+            ) from error
+        return completion.choices[0].message.content or ""

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from clawrl.config import ChatSection
-from clawrl.errors import ConfigError
+from clawrl.errors import ConfigError, EnvError
 from envs.chat.conversation import hold_conversation
 from envs.chat.file_problems import FileProblem, equations, read_problems
 from envs.chat.model_user import END, ModelUser
@@ -153,3 +153,10 @@ def test_a_model_plays_the_user_until_it_has_nothing_to_say():
     assert "Assistant: **18**\n\nYou: No bold, please.\n\nAssistant: 9 * 2" in asked[1]["messages"][1]["content"]
     assert served[1]["messages"][-1]["content"] == "No bold, please.", "the served model sees what was said, no more"
     assert asked[0]["model"] == "big"
+
+
+def test_a_simulator_that_does_not_answer_is_named():
+    user = People(ChatSection(simulator_url="http://127.0.0.1:9/v1", simulator_model="big")).person(0)
+    user.begin()
+    with pytest.raises(EnvError, match=r"'big' at http://127.0.0.1:9/v1/ .*chat.simulator_url"):
+        asyncio.run(user.react("19."))

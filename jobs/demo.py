@@ -143,8 +143,8 @@ async def _demonstrate(config: Config, system: Any, screen: Screen) -> Evidence:
         screen.note(measured(pooled(before)))
         screen.say(f"{config.chat.conversations} conversations, {config.chat.concurrency} at a time")
         screen.expect(config.chat.conversations)
-        talking = converse(client, config, range(config.chat.conversations), watch, screen, notebook)
-        conversations = await talking
+        numbers = range(config.chat.conversations)
+        conversations = await converse(client, config, numbers, watch, screen, notebook)
         screen.say("waiting for the last judgements and the last training step")
         drained = await watch.drain(config.buffer.batch_size)
         screen.say("measuring again")
@@ -208,14 +208,18 @@ async def measure_each(client: openai.AsyncOpenAI, config: Config, notebook: Not
 
 
 async def measure_suite(client: openai.AsyncOpenAI, config: Config) -> SuiteResult:
-    return await ask_suite(client, config.policy.served_name, questions(config.judge.prompts))
+    asked = questions(config.judge.prompts)
+    result = await ask_suite(client, config.policy.served_name, asked)
+    if missing := {question.task for question in asked} - result.shares.keys():
+        raise ClawrlError(f"no question of the unrelated tasks {sorted(missing)} was answered; see the logs")
+    return result
 
 
-async def reference_divergence(system: Any, ids: Sequence[str]) -> float:
+async def reference_divergence(system: Any, ids: Sequence[str]) -> float | None:
     """KL of the policy from the reference (the judge's weights, which never change), nats per token.
 
     Estimated as the losses do (k3) on the first DIVERGENCE_REPLIES of these recorded replies, each token with the
-    log-probability it was sampled with.
+    log-probability it was sampled with. None if none of them was recorded.
     """
     from ray import serve
 
@@ -229,7 +233,7 @@ async def reference_divergence(system: Any, ids: Sequence[str]) -> float:
         *(judge.score_ids.remote(each.prompt_ids, each.completion_ids, 0) for each in captures)
     )
     drifts = [scores.logprobs - capture.logprobs for scores, capture in zip(scored, captures, strict=True)]
-    return report.k3(np.concatenate(drifts))
+    return report.k3(np.concatenate(drifts)) if drifts else None
 
 
 async def converse(

@@ -76,7 +76,7 @@ class Evidence:
     after: tuple[Evaluation, ...]
     suite_before: SuiteResult
     suite_after: SuiteResult
-    divergence: float  # of the last version from the reference, nats per token
+    divergence: float | None  # of the last version from the reference, nats per token
     first_replies: tuple[FirstReply, ...]
     streams: tuple[Stream, ...]
     versions: tuple[WeightVersion, ...]
@@ -157,7 +157,7 @@ class Report:
     good_after: float
     sessions_until_liked: float | None  # until IN_A_ROW first replies in a row are liked, mean over people; None: never
     sessions_until_good: float | None
-    reference_kl: float  # of the last version's held-out replies, nats per token
+    reference_kl: float | None  # of the last version's held-out replies, nats per token
     unrelated_before: float  # right answers to the suite of unrelated tasks
     unrelated_after: float
     unrelated_tasks: dict[str, tuple[float, float]]  # before and after, by task
@@ -278,7 +278,8 @@ def lines(report: Report) -> list[tuple[str, str]]:
         ("unrelated tasks", f"{report.unrelated_before:.2f} → {report.unrelated_after:.2f} ("
                             + ", ".join(f"{task} {a:.2f} → {b:.2f}" for task, (a, b) in report.unrelated_tasks.items())
                             + ")"),
-        ("KL from the reference", f"{report.reference_kl:.3f} nats per token"),
+        ("KL from the reference", "not measured" if report.reference_kl is None else
+                                  f"{report.reference_kl:.3f} nats per token"),
         ("tokens per reply", f"{report.reply_tokens_before:.0f} → {report.reply_tokens_after:.0f}"),
         ("conversations · turns", f"{report.conversations} · {report.turns}"),
         ("judgements", f"{report.judgements}, of which {report.abstentions} abstained; {report.hints} with a hint"),

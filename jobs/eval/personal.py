@@ -175,7 +175,7 @@ def _mean_of(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         )
     return {
         "pools": pools,
-        "figures": {name: _mean([report["figures"][name] for report in reports]) for name in FIGURES},
+        "figures": {name: _known_mean([report["figures"][name] for report in reports]) for name in FIGURES},
         "courses": {
             name: [_known_mean(column) for column in zip_longest(*(report["courses"][name] for report in reports))]
             for name in COURSES

@@ -114,6 +114,7 @@ class VersionRow:
     score: float | None
     correct: float | None
     sound: float | None  # right, with the working
+    good: float | None  # sound, and liked
     characters: float | None
 
 
@@ -187,6 +188,7 @@ class Report:
     run_directory: str
     picture: str
     per_version: tuple[VersionRow, ...]
+    first_replies: tuple[tuple[bool, bool, bool], ...]  # liked, right, with the working, as they were asked for
     people: tuple[PersonaRow, ...]
     shortcomings: tuple[str, ...]  # empty: the demonstration succeeded
 
@@ -249,6 +251,9 @@ def build(evidence: Evidence) -> Report:
         run_directory=evidence.run_directory,
         picture=str(Path(evidence.run_directory) / PICTURE_NAME),
         per_version=_version_rows(evidence),
+        first_replies=tuple(
+            (reply.satisfied, reply.correct, reply.shows_work) for reply in _in_order(evidence.first_replies)
+        ),
         people=people,
         shortcomings=_shortcomings(evidence),
     )
@@ -438,6 +443,7 @@ def _version_row(
         score=_mean_known([reply.satisfied for reply in seen]),
         correct=_mean_known([reply.correct for reply in seen]),
         sound=_mean_known([reply.correct and reply.shows_work for reply in seen]),
+        good=_mean_known([reply.good for reply in seen]),
         characters=_mean_known([reply.characters for reply in seen]),
     )
 

@@ -39,15 +39,19 @@ MEASURES = {
     "unrelated tasks": "unrelated",
 }
 """Names of what is measured before and after, as shares, and of the report's fields. Good: liked, right, working."""
+KL = "KL from the reference, nats per token"
 FIGURES = {
-    "sessions until three in a row are liked (never: all)": "sessions_until_liked",
-    "sessions until three in a row are good (never: all)": "sessions_until_good",
+    "sessions until 3 in a row are liked (never: all)": "sessions_until_liked",
+    "sessions until 3 in a row are good (never: all)": "sessions_until_good",
     "reply tokens": "reply_tokens_after",
     "change of reply tokens": "reply_tokens_change",
-    "KL from the reference, nats per token": "reference_kl",
+    KL: "reference_kl",
 }
-COURSES = {"reply tokens": "characters", "KL from the reference, nats per token": "kl"}
+COURSES = {"reply tokens": "characters", KL: "kl"}
 """Fields of a version's row by the figure whose course they show; lengths there are in characters."""
+SESSIONS = 20
+LIKED_OF_ALL = "liked of all sessions"
+"""The one course along sessions: what does not train has no versions."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,7 +87,8 @@ def run(options: argparse.Namespace, command: str) -> int:
         what=f"First replies to {options.problems} held-out problems ({', '.join(people)}"
         f"{f', {options.users}' if options.users else ''})",
         along="versions",
-        figures=tuple(FIGURES),
+        figures=(LIKED_OF_ALL, *FIGURES),
+        others_along={LIKED_OF_ALL: f"sessions, by {SESSIONS}"},
     )
 
     def gather(reports: Reports, plan: Plan) -> tuple[Reports, Plan]:
@@ -118,7 +123,7 @@ def together(reports: Reports, arms: Sequence[Arm]) -> Reports:
 
 def measured(report: Mapping[str, Any]) -> dict[str, Any]:
     """A demonstration's report in the shape of `jobs.train`'s, a measure as a pool, a version as a group."""
-    rows = report["per_version"]
+    rows, first = report["per_version"], report["first_replies"]
     parts = [
         _part(
             name,
@@ -142,8 +147,16 @@ def measured(report: Mapping[str, Any]) -> dict[str, Any]:
     }
     return {
         "pools": parts,
-        "figures": {name: known[field] for name, field in FIGURES.items()},
-        "courses": {name: [row[field] for row in rows] for name, field in COURSES.items()},
+        "figures": {
+            LIKED_OF_ALL: _known_mean([liked for liked, *_ in first]),
+            **{name: known[field] for name, field in FIGURES.items()},
+        },
+        "courses": {
+            LIKED_OF_ALL: [
+                _mean([liked for liked, *_ in first[at : at + SESSIONS]]) for at in range(0, len(first), SESSIONS)
+            ],
+            **{name: [row[field] for row in rows] for name, field in COURSES.items()},
+        },
         "versions": report["versions"],
         "seconds": report["seconds"],
     }
@@ -175,10 +188,12 @@ def _mean_of(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         )
     return {
         "pools": pools,
-        "figures": {name: _known_mean([report["figures"][name] for report in reports]) for name in FIGURES},
+        "figures": {
+            name: _known_mean([report["figures"][name] for report in reports]) for name in (LIKED_OF_ALL, *FIGURES)
+        },
         "courses": {
             name: [_known_mean(column) for column in zip_longest(*(report["courses"][name] for report in reports))]
-            for name in COURSES
+            for name in (LIKED_OF_ALL, *COURSES)
         },
         "versions": sum(report["versions"] for report in reports),
         "seconds": sum(report["seconds"] for report in reports),

@@ -129,7 +129,7 @@ def _report(
         "figures": [asdict(each) for each in figures],
         "figure_pairs": [asdict(each) for each in findings.figure_pairs(figures, plan)],
         "curves": findings.curves(reports, plan),
-        "along": plan.along,
+        "along": {name: plan.others_along.get(name, plan.along) for name in (*plan.measures, *plan.figures)},
         "runs": [
             {"arm": arm, "seed": seed, **{key: each for key, each in result.items() if key != "report"}}
             for (arm, seed), result in results.items()

@@ -280,7 +280,15 @@ def demonstration(people: dict[str, int | None], score: float = 0.8, versions: i
          "sessions_until_liked": sessions, "sessions_until_good": None}
         for persona, sessions in people.items()
     ]  # fmt: skip
-    made = {"per_version": rows, "people": rows_of_people, "versions": versions, "seconds": 60.0, "reference_kl": 0.3}
+    first = [(at > 30, True, False) for at in range(50)]
+    made = {
+        "first_replies": first,
+        "per_version": rows,
+        "people": rows_of_people,
+        "versions": versions,
+        "seconds": 60.0,
+        "reference_kl": 0.3,
+    }
     return {**ends, **made}
 
 
@@ -290,7 +298,10 @@ def test_a_demonstration_is_measured_as_pools_are():
     found = findings.arm_findings({("rl", 0): read, ("rl", 1): read}, plan)
     assert [round(each.gain, 6) for each in found] == [0.6, -0.05, 0.0, 0.4, -0.1]
     assert [group["outcome"] for group in read["pools"][0]["groups"]] == [None, 0.0]
-    assert list(read["figures"].values()) == [9, 50, 24.0, -6.0, 0.3], "one who never came so far counts with all"
+    assert list(read["figures"].values()) == [
+        pytest.approx(19 / 50), 9, 50, 24.0, -6.0, 0.3
+    ], "one who never came so far counts with all"  # fmt: skip
+    assert read["courses"][personal.LIKED_OF_ALL] == [0.0, 0.45, 1.0]
     assert read["courses"]["KL from the reference, nats per token"] == [0.0, 0.01]
 
 
@@ -312,7 +323,8 @@ def test_people_apart_are_reported_together_once_all_have_come_to_an_end():
     after = {part["pool"]: part["after"]["solved"] for part in read["pools"]}
     assert after["liked"] == pytest.approx(0.6)
     assert after["liked by the assistant"] == 0.6
-    assert next(iter(read["figures"].values())) == pytest.approx((8 + 20 + 50) / 3)
+    assert list(read["figures"].values())[1] == pytest.approx((8 + 20 + 50) / 3)
+    assert read["courses"][personal.LIKED_OF_ALL] == [0.0, 0.45, 1.0]
     assert [group["outcome"] for group in read["pools"][0]["groups"]] == [None, 0.0, 1.0]
     assert [group["samples"] for group in read["pools"][0]["groups"]] == [0, 96, 64]
 
@@ -337,7 +349,7 @@ def test_users_apart_or_joint_come_out_as_one_arm(tmp_path, monkeypatch, users, 
     assert ("chat.persona=all" in made[0]) == (users == "joint")
     text = (tmp_path / "found.md").read_text()
     assert "| liked by the teacher | memory | 1 | 0.200 | 0.800 | +0.600 |" in text
-    assert "| sessions until three in a row are liked (never: all) | memory | 1 | 9.000 | 9.000 |" in text
+    assert "| sessions until 3 in a row are liked (never: all) | memory | 1 | 9.000 | 9.000 |" in text
     assert json.loads((tmp_path / "found.json").read_text())["curves"]["right"].keys() == {"memory"}
 
 

@@ -190,6 +190,7 @@ def test_a_bare_number_is_liked_by_some_and_good_for_nobody():
     replies = tuple(first_reply(1012.0 + at, True, sound=at > 3) for at in range(8))
     result = report.build(evidence(first_replies=replies))
     assert (result.sessions_until_liked, result.sessions_until_good) == (3, 7)
+    assert result.first_replies[3:5] == ((True, True, False), (True, True, True))
     assert [row.sound for row in result.per_version] == [0.5, None, None]
 
 

@@ -216,7 +216,7 @@ async def measure_suite(client: openai.AsyncOpenAI, config: Config) -> SuiteResu
 
 
 async def reference_divergence(system: Any, ids: Sequence[str]) -> float | None:
-    """KL of the policy from the reference (the judge's weights, which never change), nats per token.
+    """KL of the policy from the reference (the initial weights, in the judge's engine), nats per token.
 
     Estimated as the losses do (k3) on the first DIVERGENCE_REPLIES of these recorded replies, each token with the
     log-probability it was sampled with. None if none of them was recorded.
@@ -225,12 +225,12 @@ async def reference_divergence(system: Any, ids: Sequence[str]) -> float | None:
 
     from clawrl.serving import app
 
-    judge = serve.get_deployment_handle("judge", app.APPLICATION)
+    judge = serve.get_deployment_handle(app.judge_name(system.config), app.APPLICATION)
     journal = system.actors["journal"]
     turns = [await journal.turn.remote(id) for id in ids[:DIVERGENCE_REPLIES]]
     captures = [turn.capture for turn in turns if turn is not None]
     scored = await asyncio.gather(
-        *(judge.score_ids.remote(each.prompt_ids, each.completion_ids, 0) for each in captures)
+        *(judge.score_ids.remote(each.prompt_ids, each.completion_ids, 0, initial=True) for each in captures)
     )
     drifts = [scores.logprobs - capture.logprobs for scores, capture in zip(scored, captures, strict=True)]
     return report.k3(np.concatenate(drifts)) if drifts else None

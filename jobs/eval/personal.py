@@ -28,6 +28,7 @@ ARMS = {
     "opd": ("learning.method=opd",),
     "opd-token": ("learning.method=opd", "learning.distillation=token"),
     "random-hint": ("learning.method=hybrid", "learning.hint_rule=random"),
+    "hybrid-lora": ("learning.method=hybrid", "lora.rank=16", "judge.engine=policy", "trainer.learning_rate=3e-3"),
     "memory": ("chat.memory=true", UNTRAINED),
     "memory-hybrid": ("chat.memory=true", "learning.method=hybrid"),
 }

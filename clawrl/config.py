@@ -342,7 +342,12 @@ class PoolSection(Section):
 class ChatSection(Section):
     """The simulated users of `clawrl demo`."""
 
-    persona: Literal["student", "assistant", "teacher"] = "student"
+    persona: Literal["student", "assistant", "teacher", "all"] = "student"
+    memory: bool = Field(default=False, description="Their client keeps hints as notes and sends them along.")
+    problems: str | None = Field(default=None, description="JSON Lines as GSM8K's; unset: small sums made up.")
+    reply_tokens: int = Field(default=192, ge=1, description="Longest reply that they wait for.")
+    simulator_url: str | None = Field(default=None, description="Base URL of a model that plays the people.")
+    simulator_model: str = "default"
     conversations: int = Field(default=400, ge=1)
     concurrency: int = Field(default=12, ge=1)
     max_turns: int = Field(default=3, ge=1)

@@ -12,18 +12,18 @@ import argparse
 import asyncio
 import logging
 import os
-import random
 import signal
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx2  # what openai's client speaks through
+import numpy as np
 import openai
 import ray
 from rich.console import Console, Group, RenderableType
@@ -39,17 +39,23 @@ from clawrl.config import Config
 from clawrl.errors import ClawrlError, ConfigError
 from clawrl.observe import set_up_logging
 from clawrl.types import Swap, WeightVersion
-from envs.chat.conversation import Conversation, Evaluation, evaluate, hold_conversation
-from envs.chat.user import SimulatedUser
-from envs.chat.world import make_problems
+from envs.chat.conversation import Conversation, Evaluation, evaluate, hold_conversation, pooled
 from jobs import report
+from jobs.notes import NO_NOTES, NoNotes, Notebook, opening
+from jobs.people import People
 from jobs.report import Evidence, FirstReply, Stream
+from jobs.suite import SuiteResult, ask_suite, questions
 
 POLL_S = 0.5
 DRAIN_S = 120.0
 EVALUATION_CONCURRENCY = 16
 BATCHES_WAITING = 2
 """The next conversation begins when fewer turns than this many batches wait for the judge or the trainer."""
+JUDGED_WAITING = 2
+"""Nor while more turns wait for the judge than it judges side by side, so many times over: whoever keeps notes of its
+hints waits for these, not for the trainer."""
+DIVERGENCE_REPLIES = 64
+"""Replies that the reference scores too."""
 REQUEST_S = 120.0
 BEAT_S = 15.0
 """Where there is no terminal to draw in, a line this often."""
@@ -64,7 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.seed is not None:
             options.overrides += [f"chat.seed={options.seed}", f"trainer.seed={options.seed}"]
         options.overrides.insert(0, "run=new")  # a demonstration begins with the model as it is
-        result = _run(config_of(options), screen)
+        config = config_of(options)
+        People(config.chat)  # a file of problems that cannot be used is told before anything starts
+        result = _run(config, screen)
     except (KeyboardInterrupt, SystemExit):
         print("clawrl: interrupted; everything is stopped", file=sys.stderr)
         return 130
@@ -125,19 +133,24 @@ async def _demonstrate(config: Config, system: Any, screen: Screen) -> Evidence:
     serving = time.time()
     wire = Wire()
     watch = Watch(system, screen)
+    notebook = Notebook(system.actors["journal"]) if config.chat.memory else NO_NOTES
     async with open_client(system.url, wire) as client, asyncio.TaskGroup() as group:
         watching = group.create_task(watch.run())
-        screen.say(f"measuring on {config.chat.evaluation_problems} held-out problems")
-        before = await measure(client, config)
-        screen.note(measured(before))
+        screen.say(f"measuring on {config.chat.evaluation_problems} held-out problems and the suite of unrelated tasks")
+        before, suite_before = await asyncio.gather(
+            measure_each(client, config, notebook), measure_suite(client, config)
+        )
+        screen.note(measured(pooled(before)))
         screen.say(f"{config.chat.conversations} conversations, {config.chat.concurrency} at a time")
         screen.expect(config.chat.conversations)
-        conversations = await converse(client, config, range(config.chat.conversations), watch, screen)
+        numbers = range(config.chat.conversations)
+        conversations = await converse(client, config, numbers, watch, screen, notebook)
         screen.say("waiting for the last judgements and the last training step")
         drained = await watch.drain(config.buffer.batch_size)
         screen.say("measuring again")
-        after = await measure(client, config)
-        screen.note(measured(after))
+        after, suite_after = await asyncio.gather(measure_each(client, config, notebook), measure_suite(client, config))
+        divergence = await reference_divergence(system, [id for each in after for id in each.ids])
+        screen.note(measured(pooled(after)))
         watching.cancel()
     journal = system.actors["journal"]
     events = await journal.version_events.remote()
@@ -150,8 +163,11 @@ async def _demonstrate(config: Config, system: Any, screen: Screen) -> Evidence:
         started=screen.started,
         serving=serving,
         ended=time.time(),
-        before=before,
-        after=after,
+        before=tuple(before),
+        after=tuple(after),
+        suite_before=suite_before,
+        suite_after=suite_after,
+        divergence=divergence,
         first_replies=tuple(screen.first_replies),
         streams=tuple(wire.streams),
         versions=tuple(await journal.versions.remote()),
@@ -160,39 +176,97 @@ async def _demonstrate(config: Config, system: Any, screen: Screen) -> Evidence:
         counts=await journal.counts.remote(),
         dropped=watch.state.dropped,
         requests=wire.num_requests,
-        requests_failed=sum(talk.num_failed for talk in conversations) + before.num_failed + after.num_failed,
+        requests_failed=sum(each.num_failed for each in (*conversations, *before, *after, suite_before, suite_after)),
         drained=drained,
     )
 
 
 async def measure(client: openai.AsyncOpenAI, config: Config) -> Evaluation:
-    """Held-out first messages at the policy's own temperature, as side calls."""
-    chat = config.chat
-    problems = make_problems(chat.evaluation_problems, "heldout", seed=chat.seed)
-    result = await evaluate(client, config.policy.served_name, chat.persona, problems, EVALUATION_CONCURRENCY)
-    if not result.num_replies:
-        raise ClawrlError(f"none of {len(problems)} requests was answered; see the logs in the run directory")
+    """`measure_each` as one."""
+    return pooled(await measure_each(client, config, NO_NOTES))
+
+
+async def measure_each(client: openai.AsyncOpenAI, config: Config, notebook: Notebook | NoNotes) -> list[Evaluation]:
+    """Held-out first messages at the policy's own temperature, as side calls; the personas share the problems."""
+    people, found = People(config.chat), []
+    for persona in people.personas:
+        found.append(
+            await evaluate(
+                client,
+                config.policy.served_name,
+                persona,
+                people.problems_of(persona),
+                EVALUATION_CONCURRENCY,
+                account=persona,
+                opening=opening(await notebook.notes(persona)),
+                reply_tokens=config.chat.reply_tokens,
+            )
+        )
+        if not found[-1].num_replies:
+            raise ClawrlError(f"none of the {persona}'s requests was answered; see the logs in the run directory")
+    return found
+
+
+async def measure_suite(client: openai.AsyncOpenAI, config: Config) -> SuiteResult:
+    asked = questions(config.judge.prompts)
+    result = await ask_suite(client, config.policy.served_name, asked)
+    if missing := {question.task for question in asked} - result.shares.keys():
+        raise ClawrlError(f"no question of the unrelated tasks {sorted(missing)} was answered; see the logs")
     return result
 
 
+async def reference_divergence(system: Any, ids: Sequence[str]) -> float | None:
+    """KL of the policy from the reference (the initial weights, in the judge's engine), nats per token.
+
+    Estimated as the losses do (k3) on the first DIVERGENCE_REPLIES of these recorded replies, each token with the
+    log-probability it was sampled with. None if none of them was recorded.
+    """
+    from ray import serve
+
+    from clawrl.serving import app
+
+    judge = serve.get_deployment_handle(app.judge_name(system.config), app.APPLICATION)
+    journal = system.actors["journal"]
+    turns = [await journal.turn.remote(id) for id in ids[:DIVERGENCE_REPLIES]]
+    captures = [turn.capture for turn in turns if turn is not None]
+    scored = await asyncio.gather(
+        *(judge.score_ids.remote(each.prompt_ids, each.completion_ids, 0, initial=True) for each in captures)
+    )
+    drifts = [scores.logprobs - capture.logprobs for scores, capture in zip(scored, captures, strict=True)]
+    return report.k3(np.concatenate(drifts)) if drifts else None
+
+
 async def converse(
-    client: openai.AsyncOpenAI, config: Config, numbers: Iterable[int], watch: Watch, screen: Screen
+    client: openai.AsyncOpenAI,
+    config: Config,
+    numbers: Iterable[int],
+    watch: Watch,
+    screen: Screen,
+    notebook: Notebook | NoNotes = NO_NOTES,
 ) -> list[Conversation]:
     """Conversations of these numbers, at most `concurrency` at a time; none begins while judge or trainer is behind.
 
-    The person behind them is one account with one taste. They are in no hurry: what they say is worth little to a
+    Each person behind them is one account with one taste. They are in no hurry: what they say is worth little to a
     trainer that comes to it many versions later.
     """
-    chat = config.chat
+    chat, people = config.chat, People(config.chat)
     places = asyncio.Semaphore(chat.concurrency)
 
     async def one(number: int) -> Conversation:
         async with places:
-            await watch.caught_up(BATCHES_WAITING * config.buffer.batch_size)
-            user = SimulatedUser(chat.persona, random.Random(f"{chat.seed} {number}"))
+            await watch.caught_up(BATCHES_WAITING * config.buffer.batch_size, JUDGED_WAITING * config.judge.concurrency)
+            user = people.person(number)
             session, began = f"demo-{chat.seed}-{number}", time.time()
             talk = await hold_conversation(
-                client, config.policy.served_name, user, None, session, chat.max_turns, account=chat.persona
+                client,
+                config.policy.served_name,
+                user,
+                None,
+                session,
+                chat.max_turns,
+                account=user.persona,
+                opening=opening(await notebook.notes(user.persona)),
+                reply_tokens=chat.reply_tokens,
             )
             screen.converse(talk, began)
             return talk
@@ -315,10 +389,15 @@ class Watch:
                 self._screen.show(self.state)
                 await asyncio.sleep(POLL_S)
 
-    async def caught_up(self, limit: int) -> None:
-        """Wait until fewer than `limit` turns wait for the judge or the trainer."""
+    async def caught_up(self, limit: int, unjudged: int) -> None:
+        """Wait until fewer than `limit` turns wait for the judge or the trainer, `unjudged` of them for the judge."""
+
+        def settled() -> bool:
+            state = self.state
+            return state.unjudged < unjudged and state.unjudged + state.untrained < limit
+
         async with self._news:
-            await self._news.wait_for(lambda: self.state.unjudged + self.state.untrained < limit)
+            await self._news.wait_for(settled)
 
     async def drain(self, batch_size: int) -> bool:
         """Wait until all is judged, trained as far as whole batches go, and served; false if that takes too long."""
@@ -409,7 +488,16 @@ class Screen:
         self._num_failed += talk.num_failed
         if talk.exchanges:
             first = talk.exchanges[0]
-            self.first_replies.append(FirstReply(began, first.satisfied, first.solution.correct))
+            self.first_replies.append(
+                FirstReply(
+                    at=began,
+                    satisfied=first.satisfied,
+                    correct=first.solution.correct,
+                    shows_work=first.solution.shows_work,
+                    characters=len(first.reply),
+                    persona=talk.persona,
+                )
+            )
 
     def land(self, version: WeightVersion, swap: Swap, refused: str | None) -> None:
         """A replica took over a version."""
@@ -480,8 +568,8 @@ class Screen:
 
 def measured(evaluation: Evaluation) -> str:
     return (
-        f"first replies: {evaluation.score:.2f} as the {evaluation.persona} likes it, "
-        f"{evaluation.correct:.2f} right, {evaluation.shows_work:.2f} with the working"
+        f"first replies: {evaluation.score:.2f} liked, {evaluation.correct:.2f} right, "
+        f"{evaluation.sound:.2f} right with the working"
     )
 
 

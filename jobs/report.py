@@ -16,11 +16,14 @@ from typing import Any
 import numpy as np
 
 from clawrl.types import Swap, VersionEvent, WeightVersion
-from envs.chat.conversation import Evaluation
+from envs.chat.conversation import Evaluation, pooled
+from jobs.suite import SuiteResult
 
 RESAMPLES = 20_000
 ROLLING = 40
 """First replies in one point of the rolling curves."""
+IN_A_ROW = 3
+"""So many first replies in a row that pass end the count of sessions (OpenClaw-RL v2's measure)."""
 MIN_GAIN = 0.3
 MAX_LOSS = 0.05
 """A demonstration that raises the score by less than MIN_GAIN, or costs more right answers, has failed."""
@@ -39,6 +42,13 @@ class FirstReply:
     at: float  # when it was asked for, seconds since the epoch
     satisfied: bool
     correct: bool
+    shows_work: bool
+    characters: int
+    persona: str
+
+    @property
+    def good(self) -> bool:
+        return self.satisfied and self.correct and self.shows_work
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +72,11 @@ class Evidence:
     started: float  # when the program began, seconds since the epoch
     serving: float  # when chat was served
     ended: float
-    before: Evaluation
-    after: Evaluation
+    before: tuple[Evaluation, ...]  # by persona
+    after: tuple[Evaluation, ...]
+    suite_before: SuiteResult
+    suite_after: SuiteResult
+    divergence: float | None  # of the last version from the reference, nats per token
     first_replies: tuple[FirstReply, ...]
     streams: tuple[Stream, ...]
     versions: tuple[WeightVersion, ...]
@@ -97,8 +110,26 @@ class VersionRow:
     pause_ms: float | None  # how long the engine stood still to take it over
     canary_error: float | None
     first_replies: int  # asked for while it was the newest
+    kl: float | None  # from the reference on the turns that made it, nats per token
     score: float | None
     correct: float | None
+    sound: float | None  # right, with the working
+    good: float | None  # sound, and liked
+    characters: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class PersonaRow:
+    """One person of several."""
+
+    persona: str
+    score_before: float
+    score_after: float
+    correct_before: float
+    correct_after: float
+    sessions: int
+    sessions_until_liked: int | None
+    sessions_until_good: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +152,16 @@ class Report:
     correct_change_interval: Interval
     shows_work_before: float
     shows_work_after: float
+    sound_before: float  # right, with the working: a bare number is not
+    sound_after: float
+    good_before: float  # sound, and as the person likes it
+    good_after: float
+    sessions_until_liked: float | None  # until IN_A_ROW first replies in a row are liked, mean over people; None: never
+    sessions_until_good: float | None
+    reference_kl: float | None  # of the last version's held-out replies, nats per token
+    unrelated_before: float  # right answers to the suite of unrelated tasks
+    unrelated_after: float
+    unrelated_tasks: dict[str, tuple[float, float]]  # before and after, by task
     reply_tokens_before: float
     reply_tokens_after: float
     evaluation_replies: int
@@ -147,12 +188,15 @@ class Report:
     run_directory: str
     picture: str
     per_version: tuple[VersionRow, ...]
+    first_replies: tuple[tuple[bool, bool, bool], ...]  # liked, right, with the working, as they were asked for
+    people: tuple[PersonaRow, ...]
     shortcomings: tuple[str, ...]  # empty: the demonstration succeeded
 
 
 def build(evidence: Evidence) -> Report:
     """Put the figures together and judge them."""
-    before, after, counts = evidence.before, evidence.after, evidence.counts
+    before, after, counts = pooled(evidence.before), pooled(evidence.after), evidence.counts
+    people, suites = _persona_rows(evidence), (evidence.suite_before.shares, evidence.suite_after.shares)
     over, apart = _split_streams(evidence.streams, evidence.swaps)
     return Report(
         method=evidence.method,
@@ -171,6 +215,16 @@ def build(evidence: Evidence) -> Report:
         correct_change_interval=change_interval(before.correct, before.num_replies, after.correct, after.num_replies),
         shows_work_before=before.shows_work,
         shows_work_after=after.shows_work,
+        sound_before=before.sound,
+        sound_after=after.sound,
+        good_before=before.good,
+        good_after=after.good,
+        sessions_until_liked=_mean_known([row.sessions_until_liked for row in people]),
+        sessions_until_good=_mean_known([row.sessions_until_good for row in people]),
+        reference_kl=evidence.divergence,
+        unrelated_before=evidence.suite_before.mean,
+        unrelated_after=evidence.suite_after.mean,
+        unrelated_tasks={task: (suites[0][task], suites[1][task]) for task in suites[0]},
         reply_tokens_before=before.mean_length,
         reply_tokens_after=after.mean_length,
         evaluation_replies=after.num_replies,
@@ -197,6 +251,10 @@ def build(evidence: Evidence) -> Report:
         run_directory=evidence.run_directory,
         picture=str(Path(evidence.run_directory) / PICTURE_NAME),
         per_version=_version_rows(evidence),
+        first_replies=tuple(
+            (reply.satisfied, reply.correct, reply.shows_work) for reply in _in_order(evidence.first_replies)
+        ),
+        people=people,
         shortcomings=_shortcomings(evidence),
     )
 
@@ -219,7 +277,14 @@ def lines(report: Report) -> list[tuple[str, str]]:
                                           report.score_after, report.score_after_interval)),
         ("right answers", _change(report.correct_before, report.correct_before_interval,
                                   report.correct_after, report.correct_after_interval)),
-        ("working shown", f"{report.shows_work_before:.2f} → {report.shows_work_after:.2f}"),
+        ("right, with the working", f"{report.sound_before:.2f} → {report.sound_after:.2f}"),
+        ("sessions until three in a row", f"{_sessions(report.sessions_until_liked)} liked, "
+                                          f"{_sessions(report.sessions_until_good)} liked and right with the working"),
+        ("unrelated tasks", f"{report.unrelated_before:.2f} → {report.unrelated_after:.2f} ("
+                            + ", ".join(f"{task} {a:.2f} → {b:.2f}" for task, (a, b) in report.unrelated_tasks.items())
+                            + ")"),
+        ("KL from the reference", "not measured" if report.reference_kl is None else
+                                  f"{report.reference_kl:.3f} nats per token"),
         ("tokens per reply", f"{report.reply_tokens_before:.0f} → {report.reply_tokens_after:.0f}"),
         ("conversations · turns", f"{report.conversations} · {report.turns}"),
         ("judgements", f"{report.judgements}, of which {report.abstentions} abstained; {report.hints} with a hint"),
@@ -256,13 +321,29 @@ def rolling(values: Sequence[float], window: int = ROLLING) -> np.ndarray:
     return np.convolve(values, np.full(width, 1 / width), mode="valid") if width else np.empty(0)
 
 
+def sessions_until(passes: Sequence[bool], in_a_row: int = IN_A_ROW) -> int | None:
+    """How many sessions until so many first replies in a row pass, the last of them counted; None: never."""
+    run = 0
+    for number, passed in enumerate(passes, 1):
+        run = run + 1 if passed else 0
+        if run == in_a_row:
+            return number
+    return None
+
+
+def k3(drifts: np.ndarray) -> float:
+    """KL of the sampler from a reference: mean of exp(d) - 1 - d, d = l_reference - l_sampler of sampled tokens."""
+    drifts = drifts.astype(np.float64)
+    return float(np.mean(np.expm1(drifts) - drifts))
+
+
 def draw(report: Report, evidence: Evidence, file: Path) -> None:
     """The learning curve: rolling scores over conversations, versions as they came, both evaluations at the ends."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), dpi=130, layout="constrained")
     style, right = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    replies = sorted(evidence.first_replies, key=lambda reply: reply.at)
+    replies = _in_order(evidence.first_replies)
     _curve(style, [reply.satisfied for reply in replies], BLUE)
     _curve(right, [reply.correct for reply in replies], GREEN)
     end = max(1, len(replies))
@@ -271,7 +352,7 @@ def draw(report: Report, evidence: Evidence, file: Path) -> None:
     _evaluations(right, end, GREEN, (report.correct_before, report.correct_before_interval),
                  (report.correct_after, report.correct_after_interval))  # fmt: skip
     _mark_versions((style, right), [reply.at for reply in replies], evidence.swaps)
-    style.set_ylabel(f"as the {report.persona} likes it")
+    style.set_ylabel("as they like it" if report.persona == "all" else f"as the {report.persona} likes it")
     right.set_ylabel("right answers")
     right.set_xlabel("conversations")
     right.set_xlim(-0.05 * end, 1.05 * end)
@@ -358,14 +439,53 @@ def _version_row(
         pause_ms=swap.stall_ms if swap else None,
         canary_error=swap.canary_error if swap else None,
         first_replies=len(seen),
-        score=float(np.mean([reply.satisfied for reply in seen])) if seen else None,
-        correct=float(np.mean([reply.correct for reply in seen])) if seen else None,
+        kl=metrics.get("kl"),
+        score=_mean_known([reply.satisfied for reply in seen]),
+        correct=_mean_known([reply.correct for reply in seen]),
+        sound=_mean_known([reply.correct and reply.shows_work for reply in seen]),
+        good=_mean_known([reply.good for reply in seen]),
+        characters=_mean_known([reply.characters for reply in seen]),
     )
+
+
+def _persona_rows(evidence: Evidence) -> tuple[PersonaRow, ...]:
+    replies = _in_order(evidence.first_replies)
+    rows = []
+    for before, after in zip(evidence.before, evidence.after, strict=True):
+        own = [reply for reply in replies if reply.persona == before.persona]
+        rows.append(
+            PersonaRow(
+                persona=before.persona,
+                score_before=before.score,
+                score_after=after.score,
+                correct_before=before.correct,
+                correct_after=after.correct,
+                sessions=len(own),
+                sessions_until_liked=sessions_until([reply.satisfied for reply in own]),
+                sessions_until_good=sessions_until([reply.good for reply in own]),
+            )
+        )
+    return tuple(rows)
+
+
+def _in_order(replies: Sequence[FirstReply]) -> list[FirstReply]:
+    """By the time they were asked for."""
+    return sorted(replies, key=lambda reply: reply.at)
+
+
+def _mean_known(values: Sequence[float | None]) -> float | None:
+    """The mean; None of nothing, or where one of the values is None."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known and len(known) == len(values) else None
+
+
+def _sessions(number: float | None) -> str:
+    return "never" if number is None else f"{number:.0f}"
 
 
 def _shortcomings(evidence: Evidence) -> tuple[str, ...]:
     """What keeps this demonstration from being a success, in words."""
-    before, after = evidence.before, evidence.after
+    before, after = pooled(evidence.before), pooled(evidence.after)
     gain, change = after.score - before.score, after.correct - before.correct
     found = []
     if gain < MIN_GAIN:

@@ -9,21 +9,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import openai
 
 from clawrl.types import Message
-from envs.chat.styles import Style, classify
-from envs.chat.user import Persona, SimulatedUser, satisfies
-from envs.chat.world import Problem, Solution, check
+from envs.chat.styles import FORMS, Style, classify
+from envs.chat.user import Person, Persona, satisfies
+from envs.chat.world import Question, Solution
 
 log = logging.getLogger(__name__)
 
 REPLY_TOKENS = 192
 ATTEMPTS = 3
+
+Opening = Callable[[list[Message]], list[Message]]
+"""What a client sends in the place of a user's messages, as one does that keeps notes of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +62,12 @@ class Evaluation:
     score: float  # in the style the persona wants
     correct: float  # with the right answer
     shows_work: float  # with the working, and nothing false in it
-    satisfied_and_correct: float
+    sound: float  # right and with the working: a bare number is not
+    good: float  # sound, and in the style that is wanted
     mean_length: float  # in tokens where the endpoint reports usage, else in characters
     forms: dict[str, float]
     num_failed: int
+    ids: tuple[str, ...]  # of the replies, as the endpoint named them
 
 
 @dataclass(slots=True)
@@ -77,12 +82,14 @@ class _Wire:
 async def hold_conversation(
     client: openai.AsyncOpenAI,
     model: str,
-    user: SimulatedUser,
-    problem: Problem | None,
+    user: Person,
+    problem: Question | None,
     session_id: str,
     max_turns: int,
     stream: bool = True,
     account: str | None = None,
+    opening: Opening = list,
+    reply_tokens: int = REPLY_TOKENS,
 ) -> Conversation:
     """Talk until the user is done or has sent `max_turns` messages; `account` is the protocol's `user` field.
 
@@ -95,7 +102,7 @@ async def hold_conversation(
     while said is not None and len(exchanges) < max_turns:
         reaction = user.reaction
         messages.append({"role": "user", "content": said})
-        request: dict[str, Any] = {"model": model, "messages": list(messages), "max_completion_tokens": REPLY_TOKENS}
+        request: dict[str, Any] = {"model": model, "messages": opening(messages), "max_completion_tokens": reply_tokens}
         if account is not None:
             request["user"] = account
         reply = await _ask(client, request, {"X-Session-Id": session_id}, stream, wire)
@@ -104,9 +111,9 @@ async def hold_conversation(
         messages.append({"role": "assistant", "content": reply})
         style = classify(reply)
         exchanges.append(
-            Exchange(said, reaction, reply, style, check(user.problem, reply), satisfies(user.persona, style))
+            Exchange(said, reaction, reply, style, user.problem.read(reply), satisfies(user.persona, style))
         )
-        said = user.answer(reply)
+        said = await user.react(reply)
     return Conversation(
         session=session_id,
         persona=user.persona,
@@ -118,36 +125,55 @@ async def hold_conversation(
 
 
 async def evaluate(
-    client: openai.AsyncOpenAI, model: str, persona: Persona, problems: Sequence[Problem], concurrency: int = 16
+    client: openai.AsyncOpenAI,
+    model: str,
+    persona: Persona,
+    problems: Sequence[Question],
+    concurrency: int = 16,
+    account: str | None = None,
+    opening: Opening = list,
+    reply_tokens: int = REPLY_TOKENS,
 ) -> Evaluation:
     """Ask every problem once, without any word on style; marked as side calls, so that they never train."""
     gate = asyncio.Semaphore(concurrency)
+    user: dict[str, Any] = {} if account is None else {"user": account}
 
-    async def one(problem: Problem) -> tuple[str, int] | None:
-        messages = [{"role": "user", "content": problem.question}]
+    async def one(problem: Question) -> Answer | None:
+        messages = opening([{"role": "user", "content": problem.question}])
         async with gate:
             try:
                 completion = await client.chat.completions.create(
                     model=model,
                     messages=cast(Any, messages),
-                    max_completion_tokens=REPLY_TOKENS,
+                    max_completion_tokens=reply_tokens,
                     extra_headers={"X-Turn-Type": "side"},
+                    **user,
                 )
             except openai.APIError:
                 return None
         text = completion.choices[0].message.content or ""
-        return text, completion.usage.completion_tokens if completion.usage else len(text)
+        return Answer(text, completion.usage.completion_tokens if completion.usage else len(text), completion.id)
 
     answers = await asyncio.gather(*(one(problem) for problem in problems))
     return summarise(persona, problems, answers)
 
 
-def summarise(persona: Persona, problems: Sequence[Problem], answers: Sequence[tuple[str, int] | None]) -> Evaluation:
-    """The evaluation of (reply, length) per problem; None where no reply came."""
-    answered = [(problem, *answer) for problem, answer in zip(problems, answers, strict=True) if answer is not None]
-    styles = [classify(reply) for _, reply, _ in answered]
-    solutions = [check(problem, reply) for problem, reply, _ in answered]
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The reply to a held-out problem."""
+
+    text: str
+    length: int
+    id: str
+
+
+def summarise(persona: Persona, problems: Sequence[Question], answers: Sequence[Answer | None]) -> Evaluation:
+    """The evaluation of an answer per problem; None where no reply came."""
+    answered = [(problem, answer) for problem, answer in zip(problems, answers, strict=True) if answer is not None]
+    styles = [classify(answer.text) for _, answer in answered]
+    solutions = [problem.read(answer.text) for problem, answer in answered]
     wanted = [satisfies(persona, style) for style in styles]
+    sound = [solution.correct and solution.shows_work for solution in solutions]
     forms = [style.form for style in styles]
     return Evaluation(
         persona=persona,
@@ -155,10 +181,30 @@ def summarise(persona: Persona, problems: Sequence[Problem], answers: Sequence[t
         score=_mean(wanted),
         correct=_mean([solution.correct for solution in solutions]),
         shows_work=_mean([solution.shows_work for solution in solutions]),
-        satisfied_and_correct=_mean([w and s.correct for w, s in zip(wanted, solutions, strict=True)]),
-        mean_length=_mean([length for _, _, length in answered]),
+        sound=_mean(sound),
+        good=_mean([both and liked for both, liked in zip(sound, wanted, strict=True)]),
+        mean_length=_mean([answer.length for _, answer in answered]),
         forms={form: forms.count(form) / len(forms) for form in sorted(set(forms))},
         num_failed=len(problems) - len(answered),
+        ids=tuple(answer.id for _, answer in answered),
+    )
+
+
+def pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """Those of several personas as one, every reply counted alike; named after the first."""
+    numbers = [each.num_replies for each in evaluations]
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(value * number for value, number in zip(values, numbers, strict=True)) / max(1, sum(numbers))
+
+    names = ("score", "correct", "shows_work", "sound", "good", "mean_length")
+    return Evaluation(
+        persona=evaluations[0].persona,
+        num_replies=sum(numbers),
+        **{name: mean([getattr(each, name) for each in evaluations]) for name in names},
+        forms={form: mean([each.forms.get(form, 0.0) for each in evaluations]) for form in FORMS},
+        num_failed=sum(each.num_failed for each in evaluations),
+        ids=(),
     )
 
 

@@ -11,13 +11,14 @@ and never states its preference beforehand: it only reacts.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from string import Template
-from typing import Literal
+from typing import Literal, Protocol
 
 from envs.chat.phrases import Phrasing, Want, say
 from envs.chat.styles import Style, classify
-from envs.chat.world import Problem, Split, check, make_problem
+from envs.chat.world import Question, make_problem
 
 Persona = Literal["student", "assistant", "teacher"]
 PERSONAS: tuple[Persona, ...] = ("student", "assistant", "teacher")
@@ -48,6 +49,17 @@ def satisfies(persona: Persona, style: Style) -> bool:
     return style.checked if persona == "assistant" else style.friendly
 
 
+class Person(Protocol):
+    """Whoever holds a conversation: opens it with a problem and reacts to replies until there is nothing to say."""
+
+    persona: Persona
+    problem: Question
+    reaction: str
+
+    def begin(self, problem: Question | None = None) -> str: ...
+    async def react(self, reply: str) -> str | None: ...
+
+
 class SimulatedUser:
     """One person over many conversations; `begin` opens one, `answer` continues it until it returns None.
 
@@ -55,16 +67,21 @@ class SimulatedUser:
     next. It is for evidence only and never leaves this process.
     """
 
-    def __init__(self, persona: Persona, rng: random.Random, mood: Mood | None = None, split: Split = "train") -> None:
+    def __init__(
+        self,
+        persona: Persona,
+        rng: random.Random,
+        mood: Mood | None = None,
+        draw: Callable[[random.Random], Question] = make_problem,
+    ) -> None:
         self.persona: Persona = persona
-        self.rng, self.mood = rng, mood or Mood()
-        self.split: Split = split
-        self.problem: Problem = make_problem(rng, split)
+        self.rng, self.mood, self._draw_problem = rng, mood or Mood(), draw
+        self.problem: Question = draw(rng)
         self.reaction, self.leaving = "open", False
 
-    def begin(self, problem: Problem | None = None) -> str:
+    def begin(self, problem: Question | None = None) -> str:
         """The first message: a question, without any word on how to answer it."""
-        self.problem = problem or make_problem(self.rng, self.split)
+        self.problem = problem or self._draw_problem(self.rng)
         self.reaction, self.leaving = "open", False
         return self.problem.question
 
@@ -72,12 +89,16 @@ class SimulatedUser:
         """The next message, or None when the conversation is over."""
         if self.leaving:
             return None
-        solution = check(self.problem, reply)
+        solution = self.problem.read(reply)
         if not solution.correct and self.rng.random() < NOTICES_ERRORS[self.persona]:
             return self._say("wrong", "wrong")
         if satisfies(self.persona, classify(reply)):
             return self._content()
         return self._displeased()
+
+    async def react(self, reply: str) -> str | None:
+        """`answer`, for whoever may have to wait for it (see Person)."""
+        return self.answer(reply)
 
     def _content(self) -> str:
         reaction = self._draw(CONTENT)
@@ -100,7 +121,7 @@ class SimulatedUser:
 
     def _go_on(self, reaction: str) -> str:
         self.reaction = reaction
-        self.problem = make_problem(self.rng, self.split)
+        self.problem = self._draw_problem(self.rng)
         return self.problem.question
 
     def _say(self, topic: str, reaction: str) -> str:

@@ -10,7 +10,7 @@ import random
 import re
 import zlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 Split = Literal["train", "heldout"]
 
@@ -77,6 +77,10 @@ class Problem:
         """What the split looks at beside the names."""
         return f"{self.kind} {self.numbers}"
 
+    def read(self, reply: str) -> Solution:
+        """What a reply got right."""
+        return check(self, reply)
+
 
 @dataclass(frozen=True, slots=True)
 class Solution:
@@ -84,6 +88,16 @@ class Solution:
 
     correct: bool  # the answer stated last is the right one (and, in a comparison, the right winner is named)
     shows_work: bool  # the reply holds the last step of the working, and no false equation
+
+
+class Question(Protocol):
+    """What a user needs of a problem, wherever it is from."""
+
+    @property
+    def question(self) -> str: ...
+    @property
+    def answer(self) -> str: ...
+    def read(self, reply: str) -> Solution: ...
 
 
 def make_problem(rng: random.Random, split: Split = "train", kind: str | None = None) -> Problem:

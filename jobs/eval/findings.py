@@ -1,14 +1,14 @@
 """What runs have shown: each arm's gain over seeds, the arms' difference by seed, as records and as a table. Pure.
 
-Knows reports of `jobs.train` (its JSON) and the plan. Ignores how runs are made. Intervals are 95 % bootstrap intervals
-over seeds: the runs are drawn, not the attempts in them. With three seeds there are ten different draws, and an
-interval reaches from about the worst run to about the best; it is too narrow rather than too wide.
+Knows reports in the shape of `jobs.train`'s (its JSON) and the plan. Ignores how runs are made. Intervals are 95 %
+bootstrap intervals over seeds: the runs are drawn, not the attempts in them. With three seeds there are ten different
+draws, and an interval reaches from about the worst run to about the best; it is too narrow rather than too wide.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -65,8 +65,19 @@ class PairFinding:
 
 
 @dataclass(frozen=True, slots=True)
+class FigureFinding:
+    """One arm's mean of a figure: one number of each run that has it."""
+
+    name: str
+    arm: str
+    values: tuple[tuple[int, float], ...]  # (seed, value)
+    mean: float
+    interval: Interval | None
+
+
+@dataclass(frozen=True, slots=True)
 class Curve:
-    """The rolling mean of what groups of attempts solved (share of outcomes, -1 to 1 as 0 to 1), by groups."""
+    """A rolling mean along groups: what they solved (outcomes -1 to 1 as 0 to 1), or a figure."""
 
     groups: tuple[float, ...]  # where the window's middle is
     mean: tuple[float, ...]  # over seeds
@@ -136,30 +147,70 @@ def arm_findings(reports: Reports, plan: Plan) -> list[ArmFinding]:
 
 
 def pair_findings(findings: Sequence[ArmFinding], plan: Plan) -> list[PairFinding]:
-    """Every arm against the first one, paired by seed."""
+    """Every arm's gain against the first one's, paired by seed."""
     by_place = {(each.pool, each.arm): {result.seed: result.gain for result in each.results} for each in findings}
+    return _paired(by_place, plan.measures, plan)
+
+
+def figure_findings(reports: Reports, plan: Plan) -> list[FigureFinding]:
+    found = []
+    for name in plan.figures:
+        for arm in plan.arms:
+            figures = {seed: report["figures"][name] for (of, seed), report in reports.items() if of == arm.name}
+            values = tuple((seed, value) for seed, value in sorted(figures.items()) if value is not None)
+            if values:
+                numbers = [value for _, value in values]
+                found.append(FigureFinding(name, arm.name, values, float(np.mean(numbers)), mean_interval(numbers)))
+    return found
+
+
+def figure_pairs(findings: Sequence[FigureFinding], plan: Plan) -> list[PairFinding]:
+    """Every arm's figures against the first one's, paired by seed."""
+    return _paired({(each.name, each.arm): dict(each.values) for each in findings}, plan.figures, plan)
+
+
+def _paired(by_place: Mapping[tuple[str, str], Mapping[int, float]], places: Sequence[str], plan: Plan) -> list[Any]:
     found = []
     first, *others = (arm.name for arm in plan.arms)
-    for pool in plan.measures:
-        base = by_place.get((pool, first), {})
+    for place in places:
+        base = by_place.get((place, first), {})
         for arm in others:
-            gains = by_place.get((pool, arm), {})
-            differences = tuple((seed, gains[seed] - base[seed]) for seed in sorted(gains.keys() & base.keys()))
+            own = by_place.get((place, arm), {})
+            differences = tuple((seed, own[seed] - base[seed]) for seed in sorted(own.keys() & base.keys()))
             if differences:
                 values = [each for _, each in differences]
-                found.append(PairFinding(pool, arm, first, differences, float(np.mean(values)), mean_interval(values)))
+                found.append(PairFinding(place, arm, first, differences, float(np.mean(values)), mean_interval(values)))
     return found
 
 
 def curve_of(reports: Reports, pool: str, arm: str) -> Curve | None:
     """The arm's learning curve as far as its shortest run goes; None if no run made two groups."""
-    series = []
-    for (name, _), report in sorted(reports.items(), key=lambda item: item[0]):
-        part = _part(report, pool)
-        if name == arm and part is not None:
-            means = [(group["outcome"] + 1) / 2 for group in part["groups"] if group["outcome"] is not None]
-            if len(means) > 1:
-                series.append(means)
+    groups = [part["groups"] for report in _of_arm(reports, arm) if (part := _part(report, pool)) is not None]
+    return _curve([[(each["outcome"] + 1) / 2 for each in run if each["outcome"] is not None] for run in groups])
+
+
+def figure_curve(reports: Reports, name: str, arm: str) -> Curve | None:
+    """A figure's course, of those that were followed on the way."""
+    runs = [report["courses"].get(name, []) for report in _of_arm(reports, arm)]
+    return _curve([[value for value in run if value is not None] for run in runs])
+
+
+def curves(reports: Reports, plan: Plan) -> dict[str, dict[str, dict[str, Any]]]:
+    """All curves that there are, by what is measured and by arm."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for names, of in ((plan.measures, curve_of), (plan.figures, figure_curve)):
+        for name in names:
+            made = {arm.name: of(reports, name, arm.name) for arm in plan.arms}
+            found[name] = {arm: asdict(curve) for arm, curve in made.items() if curve is not None}
+    return {name: by_arm for name, by_arm in found.items() if by_arm}
+
+
+def _of_arm(reports: Reports, arm: str) -> list[Mapping[str, Any]]:
+    return [report for (name, _), report in sorted(reports.items(), key=lambda item: item[0]) if name == arm]
+
+
+def _curve(runs: Sequence[Sequence[float]]) -> Curve | None:
+    series = [run for run in runs if len(run) > 1]
     if not series:
         return None
     shortest = min(map(len, series))
@@ -171,7 +222,11 @@ def curve_of(reports: Reports, pool: str, arm: str) -> Curve | None:
 
 
 def table(
-    findings: Sequence[ArmFinding], pairs: Sequence[PairFinding], plan: Plan, circumstances: Mapping[str, Any]
+    findings: Sequence[ArmFinding],
+    pairs: Sequence[PairFinding],
+    plan: Plan,
+    circumstances: Mapping[str, Any],
+    figures: Sequence[FigureFinding] = (),
 ) -> str:
     """The report as Markdown."""
     lines = [
@@ -183,15 +238,13 @@ def table(
                _with(each.after, each.after_interval), _with(each.gain, each.gain_interval, sign=True))
           for each in findings),
     ]  # fmt: skip
-    if pairs:
-        lines += ["", "Difference of the gains, paired by seed:", ""]
-        lines += _rows("measured", "arms", *(f"seed {seed}" for seed in plan.seeds), "mean")
-        for pair in pairs:
-            by_seed = dict(pair.differences)
-            shown = [f"{by_seed[seed]:+.3f}" if seed in by_seed else "–" for seed in plan.seeds]
-            lines.append(
-                _row(pair.pool, f"{pair.arm} − {pair.against}", *shown, _with(pair.mean, pair.interval, sign=True))
-            )
+    lines += _pair_lines("Difference of the gains, paired by seed:", pairs, plan)
+    if figures:
+        lines += ["", *_rows("figure", "arm", "runs", *(f"seed {seed}" for seed in plan.seeds), "mean")]
+        for each in figures:
+            shown = [_at(dict(each.values), seed, ".3f") for seed in plan.seeds]
+            lines.append(_row(each.name, each.arm, len(each.values), *shown, _with(each.mean, each.interval)))
+        lines += _pair_lines("Difference of the figures, paired by seed:", figure_pairs(figures, plan), plan)
     lines += [
         "",
         "Each run:",
@@ -210,6 +263,21 @@ def table(
         "Load is the 1-minute average before and after each run; attempts and versions in a given time hang on it.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _pair_lines(title: str, pairs: Sequence[PairFinding], plan: Plan) -> list[str]:
+    if not pairs:
+        return []
+    lines = ["", title, "", *_rows("measured", "arms", *(f"seed {seed}" for seed in plan.seeds), "mean")]
+    for pair in pairs:
+        shown = [_at(dict(pair.differences), seed, "+.3f") for seed in plan.seeds]
+        mean = _with(pair.mean, pair.interval, sign=True)
+        lines.append(_row(pair.pool, f"{pair.arm} − {pair.against}", *shown, mean))
+    return lines
+
+
+def _at(by_seed: Mapping[int, float], seed: int, form: str) -> str:
+    return f"{by_seed[seed]:{form}}" if seed in by_seed else "–"
 
 
 def _part(report: Mapping[str, Any], pool: str) -> Mapping[str, Any] | None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from clawrl.config import Config
 from clawrl.errors import ConfigError
@@ -36,6 +36,8 @@ class Plan:
     limits: str  # the same, told
     what: str  # what a measure is a share of
     along: str  # what learning curves go along
+    figures: tuple[str, ...] = ()  # what is one number of each run, and no share
+    others_along: Mapping[str, str] = field(default_factory=dict)  # of figures whose curves go along something else
 
     @property
     def runs(self) -> list[tuple[Arm, int]]:

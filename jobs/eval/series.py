@@ -20,6 +20,7 @@ from typing import Any
 from clawrl.cli import add_config_options, config_of
 from clawrl.config import Config
 from jobs.eval import findings, picture
+from jobs.eval.findings import Reports
 from jobs.eval.plan import Arm, Plan, digest, folder_name, names_of
 from jobs.eval.runs import RunFailed, commit, make_run, result_of
 
@@ -28,13 +29,17 @@ Results = dict[tuple[str, int], dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is run. `seeded` gives the words that make a run another one; `read` what was measured, of its report."""
+    """What is run. `seeded` gives the words that make a run another one; `read` what was measured, of its report.
+
+    `gather` makes fewer reports of all: of an arm's runs with one person each, one.
+    """
 
     verb: str
     module: str
     seeded: Callable[[int], Sequence[str]]
     read: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     codes: Sequence[int] = (0,)
+    gather: Callable[[Reports, Plan], tuple[Reports, Plan]] = lambda reports, plan: (reports, plan)
 
 
 def add_options(parser: argparse.ArgumentParser, *, words: str, arms: str, seeds: int) -> None:
@@ -113,14 +118,18 @@ def _arguments(plan: Plan, arm: Arm, options: argparse.Namespace) -> list[str]:
 def _report(
     job: Job, plan: Plan, results: Results, circumstances: dict[str, Any], options: argparse.Namespace, state: Path
 ) -> None:
-    reports = {place: job.read(result["report"]) for place, result in results.items()}
-    arms = findings.arm_findings(reports, plan)
+    reports, plan = job.gather({place: job.read(result["report"]) for place, result in results.items()}, plan)
+    arms, figures = findings.arm_findings(reports, plan), findings.figure_findings(reports, plan)
     pairs = findings.pair_findings(arms, plan)
-    text = findings.table(arms, pairs, plan, circumstances)
+    text = findings.table(arms, pairs, plan, circumstances, figures)
     told = {
         **circumstances,
         "arms_found": [asdict(each) for each in arms],
         "pairs": [asdict(each) for each in pairs],
+        "figures": [asdict(each) for each in figures],
+        "figure_pairs": [asdict(each) for each in findings.figure_pairs(figures, plan)],
+        "curves": findings.curves(reports, plan),
+        "along": {name: plan.others_along.get(name, plan.along) for name in (*plan.measures, *plan.figures)},
         "runs": [
             {"arm": arm, "seed": seed, **{key: each for key, each in result.items() if key != "report"}}
             for (arm, seed), result in results.items()
@@ -134,7 +143,7 @@ def _report(
         file.write_text(whole, encoding="utf-8")
     title = f"{', '.join(plan.measures)}: seeds {', '.join(map(str, plan.seeds))}; {plan.limits} each"
     out.with_name(out.name + ".png").unlink(missing_ok=True)
-    picture.draw(reports, arms, plan, title, out.with_name(out.name + ".png"))
+    picture.draw(reports, arms, figures, plan, title, out.with_name(out.name + ".png"))
     out.with_name(out.name + ".md").write_text(f"{text}\n![]({out.name}.png)\n", encoding="utf-8")
     print(text)
     for ending in ("md", "json", "png"):

@@ -24,6 +24,7 @@ from clawrl.config import model_path
 from clawrl.training.checkpoint import read_canary
 from clawrl.training.model import ATTENTION, TokenScorer
 from envs.chat.conversation import evaluate, hold_conversation
+from envs.chat.model_user import ModelUser
 from envs.chat.user import SimulatedUser
 from envs.chat.world import make_problem
 
@@ -282,6 +283,20 @@ def test_a_conversation_is_paired_judged_and_sampled(server: Server):
     assert last[2] == len(conversation.exchanges) - 1, "every message of the session is a turn of its own"
     assert store.open_turn("local", _digest_after(conversation, 1)) is not None
     server.wait_for("judgement", lambda: server.status()["journal"]["judgements"] >= 1)
+
+
+def test_a_model_plays_the_user(server: Server):
+    """The simulator is any OpenAI-compatible endpoint: here the tiny model, which was never taught to play anybody."""
+    turns = server.status()["journal"]["main_turns"]
+    client = server.async_client()
+    user = ModelUser(client, "clawrl", "student", random.Random(2), make_problem)
+    held = asyncio.run(hold_conversation(client, "clawrl", user, None, "e2e-played", max_turns=2))
+    assert held.num_failed == 0
+    assert [exchange.reaction for exchange in held.exchanges] == ["open", "model"]
+    assert held.exchanges[1].said
+    assert server.status()["journal"]["main_turns"] == turns + 2, (
+        "the simulator's own replies are no turns to learn from"
+    )
 
 
 def _digest_after(conversation: Any, num: int) -> str:

@@ -12,11 +12,12 @@ import httpx
 import openai
 import pytest
 
-from envs.chat.conversation import evaluate, hold_conversation, summarise
+from envs.chat.conversation import Answer, evaluate, hold_conversation, pooled, summarise
 from envs.chat.phrases import TOPICS, WRITTEN, say, strings
 from envs.chat.styles import FORM_SHARES, FORMS, Style, classify, default_style, render
 from envs.chat.user import PERSONAS, REACTIONS, Mood, SimulatedUser, satisfies
 from envs.chat.world import HELDOUT_NAMES, KINDS, TRAIN_NAMES, Problem, check, make_problem, make_problems
+from jobs.notes import opening
 
 ALL_STYLES = [
     Style(form, friendly, checked) for form in FORMS for friendly in (False, True) for checked in (False, True)
@@ -139,7 +140,7 @@ def test_a_user_reacts_in_the_stated_shares():
     user = SimulatedUser("student", rng)
     for _ in range(3000):
         user.begin()
-        user.answer(render(user.problem, Style("steps"), rng))
+        user.answer(render(cast(Problem, user.problem), Style("steps"), rng))
         reactions.append(user.reaction)
     for reaction, share in REACTIONS.items():
         assert reactions.count(reaction) / 3000 == pytest.approx(share, abs=0.03), reaction
@@ -151,7 +152,7 @@ def test_a_satisfied_user_never_complains(persona):
     user = SimulatedUser(persona, rng, Mood(unseen=0.5, written=0.5))
     for _ in range(200):
         user.begin()
-        user.answer(render(user.problem, Style("plain", friendly=True, checked=True), rng))
+        user.answer(render(cast(Problem, user.problem), Style("plain", friendly=True, checked=True), rng))
         assert user.reaction in ("thanks", "praise", "agree", "next")
 
 
@@ -199,6 +200,27 @@ def test_a_conversation_sends_its_history_and_session_and_counts_failures(stream
     assert held.num_failed == 1
 
 
+def test_notes_go_before_what_the_user_said():
+    seen: list[httpx.Request] = []
+    noted = opening(["Use plain sentences."])
+    client = scripted(["19.", "19.", "19."], seen)
+    user = SimulatedUser("student", random.Random(0))
+    asyncio.run(hold_conversation(client, "m", user, gain(), "s-1", max_turns=2, stream=False, opening=noted))
+    asyncio.run(evaluate(client, "m", "student", [gain()], account="ann", opening=noted))
+    bodies = [json.loads(request.content) for request in seen]
+    note = {"role": "system", "content": "Notes about this user:\n- Use plain sentences."}
+    assert [body["messages"][0] for body in bodies] == [note] * 3
+    assert [len(body["messages"]) for body in bodies] == [2, 4, 2]
+    assert bodies[-1]["user"] == "ann"
+
+
+def test_several_personas_are_pooled_by_their_replies():
+    plain = [Answer("12 + 7 = 19, so Mia has 19 pens.", 12, "a")] * 3
+    pool = pooled([summarise("student", [gain()] * 3, plain), summarise("teacher", [gain()], [Answer("18.", 4, "b")])])
+    assert (pool.num_replies, pool.score, pool.sound, pool.mean_length) == (4, 0.75, 0.75, 10)
+    assert pool.forms == {"steps": 0.0, "plain": 0.75, "brief": 0.25}
+
+
 def test_an_evaluation_asks_first_messages_as_side_calls():
     problems, seen = make_problems(3, "heldout", 9), []
     rng = random.Random(0)
@@ -212,10 +234,13 @@ def test_an_evaluation_asks_first_messages_as_side_calls():
 
 def test_a_summary_tells_style_and_answers_apart():
     problems = [gain()] * 4
-    answers = [("12 + 7 = 19, so Mia has 19 pens.", 10), ("12 + 7 = 18, so Mia has 18 pens.", 10), ("19.", 4), None]
-    found = summarise("student", problems, answers)
+    texts = ["12 + 7 = 19, so Mia has 19 pens.", "12 + 7 = 18, so Mia has 18 pens.", "19."]
+    answers = [Answer(text, length, str(at)) for at, (text, length) in enumerate(zip(texts, (10, 10, 4), strict=True))]
+    found = summarise("student", problems, [*answers, None])
     assert found.num_failed == 1
     assert found.score == pytest.approx(2 / 3)
     assert found.correct == pytest.approx(2 / 3)
-    assert found.satisfied_and_correct == pytest.approx(1 / 3)
+    assert found.sound == pytest.approx(1 / 3), "neither a wrong answer nor a bare number is sound"
+    assert found.good == pytest.approx(1 / 3)
+    assert found.ids == ("0", "1", "2")
     assert found.mean_length == 8

@@ -158,8 +158,35 @@ def test_a_curve_goes_as_far_as_the_shortest_run():
 
 def test_the_picture_is_drawn_with_what_there_is(tmp_path):
     reports = {**REPORTS, ("process", 2): report(None, None, ())}
-    picture.draw(reports, findings.arm_findings(reports, PLAN), PLAN, "title", tmp_path / "new" / "x.png")
+    picture.draw(reports, findings.arm_findings(reports, PLAN), [], PLAN, "title", tmp_path / "new" / "x.png")
     assert (tmp_path / "new" / "x.png").stat().st_size > 5000
+
+
+def figured(seed: int, arm: str, kl: float | None) -> dict:
+    return {**report(0.4, 0.5), "figures": {"KL": kl}, "courses": {"KL": [0.0, None, 0.1, kl or 0.2]}}
+
+
+def test_figures_have_means_intervals_pairs_courses_and_a_panel(tmp_path):
+    plan = replace(PLAN, figures=("KL",))
+    values = {("outcome", 0): 0.1, ("outcome", 1): 0.2, ("process", 0): 0.4, ("process", 1): None}
+    reports = {(arm, seed): figured(seed, arm, value) for (arm, seed), value in values.items()}
+    found = findings.figure_findings(reports, plan)
+    assert [(each.arm, each.values) for each in found] == [
+        ("outcome", ((0, 0.1), (1, 0.2))), ("process", ((0, 0.4),)),
+    ]  # fmt: skip
+    assert found[0].mean == pytest.approx(0.15)
+    assert found[0].interval is not None
+    (pair,) = findings.figure_pairs(found, plan)
+    assert (pair.pool, pair.arm, pair.against, pair.mean) == ("KL", "process", "outcome", pytest.approx(0.3))
+    text = findings.table(findings.arm_findings(reports, plan), [], plan, {}, found)
+    assert "| KL | process | 1 | 0.400 | – | – | 0.400 |" in text
+    assert "| KL | process − outcome | +0.300 | – | – | +0.300 |" in text
+    curve = findings.figure_curve(reports, "KL", "outcome")
+    assert curve is not None
+    assert curve.mean == pytest.approx((0.0, 0.1, 0.15)), "what was not measured on the way is left out"
+    assert findings.curves(reports, plan)["KL"].keys() == {"outcome", "process"}
+    picture.draw(reports, findings.arm_findings(reports, plan), found, plan, "title", tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 5000
 
 
 # -- making the runs ---------------------------------------------------------------------------------------------------
@@ -238,21 +265,92 @@ def test_wrong_use_is_told_before_anything_starts(words, capsys):
 # -- people ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_demonstration_is_measured_as_pools_are():
-    sides = {"score": (0.2, 0.8), "correct": (0.7, 0.65), "shows_work": (0.8, 0.8)}
-    ends = {
-        f"{field}_{at}": value
-        for field, both in sides.items()
-        for at, value in zip(("before", "after"), both, strict=True)
+def demonstration(people: dict[str, int | None], score: float = 0.8, versions: int = 2) -> dict[str, Any]:
+    """A report of jobs.demo: who took part, and after how many of 50 sessions they were satisfied."""
+    sides = {"score": (0.2, score), "correct": (0.7, 0.65), "sound": (0.6, 0.6), "good": (0.1, 0.5)}
+    sides |= {"unrelated": (0.9, 0.8), "reply_tokens": (30.0, 24.0)}
+    ends = {f"{field}_{at}": both[at == "after"] for field, both in sides.items() for at in ("before", "after")}
+    rows = [
+        {"samples": 32 * at, "score": at / 2 or None, "correct": 1.0, "sound": 0.5, "good": None, "kl": 0.01 * at,
+         "characters": 60.0}
+        for at in range(versions)
+    ]  # fmt: skip
+    rows_of_people = [
+        {"persona": persona, "score_before": 0.2, "score_after": score, "sessions": 50,
+         "sessions_until_liked": sessions, "sessions_until_good": None}
+        for persona, sessions in people.items()
+    ]  # fmt: skip
+    first = [(at > 30, True, False) for at in range(50)]
+    made = {
+        "first_replies": first,
+        "per_version": rows,
+        "people": rows_of_people,
+        "versions": versions,
+        "seconds": 60.0,
+        "reference_kl": 0.3,
     }
-    rows = [{"samples": 0, "score": None, "correct": None}, {"samples": 32, "score": 0.5, "correct": 1.0}]
-    read = personal.measured({**ends, "per_version": rows, "versions": 1, "seconds": 60.0})
+    return {**ends, **made}
+
+
+def test_a_demonstration_is_measured_as_pools_are():
+    read = personal.measured(demonstration({"student": 9}))
     plan = replace(PLAN, measures=tuple(personal.MEASURES), arms=(Arm("rl", ()), Arm("hybrid", ())))
     found = findings.arm_findings({("rl", 0): read, ("rl", 1): read}, plan)
-    assert [(each.pool, round(each.gain, 6)) for each in found] == [
-        ("liked", 0.6), ("right", -0.05), ("working shown", 0.0)
-    ]  # fmt: skip
+    assert [round(each.gain, 6) for each in found] == [0.6, -0.05, 0.0, 0.4, -0.1]
     assert [group["outcome"] for group in read["pools"][0]["groups"]] == [None, 0.0]
+    assert list(read["figures"].values()) == [
+        pytest.approx(19 / 50), 9, 50, 24.0, -6.0, 0.3
+    ], "one who never came so far counts with all"  # fmt: skip
+    assert read["courses"][personal.LIKED_OF_ALL] == [0.0, 0.45, 1.0]
+    assert read["courses"]["KL from the reference, nats per token"] == [0.0, 0.01]
+
+
+def test_people_apart_are_reported_together_once_all_have_come_to_an_end():
+    (arm,) = arms = (Arm("hybrid", ("learning.method=hybrid",)),)
+    assert [(each.name, each.overrides[-1]) for each in personal.alone(arms)] == [
+        (f"hybrid-{person}", f"chat.persona={person}") for person in ("student", "assistant", "teacher")
+    ]
+    takes = {"student": (8, 0.9, 3), "assistant": (20, 0.6, 2), "teacher": (None, 0.3, 2)}
+    reports = {
+        (f"{arm.name}-{person}", seed): personal.measured(demonstration({person: sessions}, score, versions))
+        for person, (sessions, score, versions) in takes.items()
+        for seed in (0, 1)
+    }
+    del reports["hybrid-teacher", 1]
+    whole = personal.together(reports, arms)
+    assert list(whole) == [("hybrid", 0)]
+    read = whole["hybrid", 0]
+    after = {part["pool"]: part["after"]["solved"] for part in read["pools"]}
+    assert after["liked"] == pytest.approx(0.6)
+    assert after["liked by the assistant"] == 0.6
+    assert list(read["figures"].values())[1] == pytest.approx((8 + 20 + 50) / 3)
+    assert read["courses"][personal.LIKED_OF_ALL] == [0.0, 0.45, 1.0]
+    assert [group["outcome"] for group in read["pools"][0]["groups"]] == [None, 0.0, 1.0]
+    assert [group["samples"] for group in read["pools"][0]["groups"]] == [0, 96, 64]
+
+
+@pytest.mark.parametrize(("users", "runs_made"), [("separate", 3), ("joint", 1)])
+def test_users_apart_or_joint_come_out_as_one_arm(tmp_path, monkeypatch, users, runs_made):
+    made: list[list[str]] = []
+
+    def make_run(folder: Path, job: str, arguments: list[str], say: Any, codes: Any) -> dict:
+        made.append(arguments)
+        persona = arguments[-2].removeprefix("chat.persona=")
+        people = [persona] if users == "separate" else ["student", "assistant", "teacher"]
+        told = demonstration(dict.fromkeys(people, 9))
+        return {"report": told, "run": "r", "at": "now", "seconds": 1.0, "load": [0.5, 1.5]}
+
+    monkeypatch.setattr(series, "make_run", make_run)
+    monkeypatch.setattr(series, "commit", lambda: "abc")
+    out = ["--out", str(tmp_path / "found"), f"run_root={tmp_path}"]
+    assert program.main(["personal", "--arms", "memory", "--seeds", "1", "--users", users, *out]) == 0
+    assert len(made) == runs_made
+    assert all(personal.UNTRAINED in arguments for arguments in made)
+    assert ("chat.persona=all" in made[0]) == (users == "joint")
+    text = (tmp_path / "found.md").read_text()
+    assert "| liked by the teacher | memory | 1 | 0.200 | 0.800 | +0.600 |" in text
+    assert "| sessions until 3 in a row are liked (never: all) | memory | 1 | 9.000 | 9.000 |" in text
+    assert json.loads((tmp_path / "found.json").read_text())["curves"]["right"].keys() == {"memory"}
 
 
 def test_arms_of_people_are_objectives_that_the_config_knows():

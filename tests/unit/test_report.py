@@ -9,8 +9,10 @@ import pytest
 
 from clawrl.types import Swap, VersionEvent, WeightVersion
 from envs.chat.conversation import Evaluation
+from envs.chat.user import Persona
 from jobs import demo, report
 from jobs.report import Evidence, FirstReply, Stream
+from jobs.suite import SuiteResult
 
 PROMISED = {
     "score_before", "score_after", "correct_before", "correct_after", "turns", "judgements", "hints", "versions",
@@ -19,17 +21,19 @@ PROMISED = {
 COUNTS = {"main_turns": 50, "judgements": 40, "abstentions": 2, "hints": 11, "samples": 38, "consumed": 32}
 
 
-def evaluation(score: float, correct: float) -> Evaluation:
+def evaluation(score: float, correct: float, persona: Persona = "student") -> Evaluation:
     return Evaluation(
-        persona="student",
+        persona=persona,
         num_replies=200,
         score=score,
         correct=correct,
         shows_work=0.5,
-        satisfied_and_correct=0.1,
+        sound=0.5,
+        good=0.1,
         mean_length=30.0,
         forms={"plain": score},
         num_failed=0,
+        ids=(),
     )
 
 
@@ -40,6 +44,10 @@ def version(number: int, at: float) -> WeightVersion:
 
 def swap(number: int, at: float, stall_ms: float = 40.0) -> Swap:
     return Swap(number, "replica", stall_ms, 1e-5, 0.1, at)
+
+
+def first_reply(at: float, satisfied: bool, sound: bool = True, persona: str = "student") -> FirstReply:
+    return FirstReply(at, satisfied, True, sound, 30, persona)
 
 
 def evidence(**changes) -> Evidence:
@@ -54,9 +62,12 @@ def evidence(**changes) -> Evidence:
         started=1000.0,
         serving=1010.0,
         ended=1060.0,
-        before=evaluation(0.2, 0.82),
-        after=evaluation(0.9, 0.80),
-        first_replies=tuple(FirstReply(at, satisfied, True) for at, satisfied in replies),
+        before=(evaluation(0.2, 0.82),),
+        after=(evaluation(0.9, 0.80),),
+        suite_before=SuiteResult({"judge": 0.9, "drill": 0.7}, 80, 0),
+        suite_after=SuiteResult({"judge": 0.8, "drill": 0.6}, 80, 0),
+        divergence=0.12,
+        first_replies=tuple(first_reply(at, satisfied) for at, satisfied in replies),
         streams=(Stream(1019.0, 1021.0, 0.12), Stream(1024.0, 1026.0, 0.3), Stream(1029.8, 1031.0, 0.07)),
         versions=(version(1, 1020.0), version(2, 1030.0)),
         rejected=(),
@@ -121,14 +132,14 @@ def test_a_success_has_no_shortcoming():
 
 
 def test_a_tolerated_loss_of_answers_is_no_shortcoming():
-    assert report.build(evidence(after=evaluation(0.9, 0.78))).shortcomings == ()
+    assert report.build(evidence(after=(evaluation(0.9, 0.78),))).shortcomings == ()
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"after": evaluation(0.45, 0.82)}, "the score changed by +0.25"),
-        ({"after": evaluation(0.9, 0.76)}, "right answers changed by -0.06"),
+        ({"after": (evaluation(0.45, 0.82),)}, "the score changed by +0.25"),
+        ({"after": (evaluation(0.9, 0.76),)}, "right answers changed by -0.06"),
         ({"requests_failed": 2}, "2 of 60 requests failed"),
         ({"rejected": (VersionEvent(2, "rejected", "canary error 0.1", 1030.2),)}, "1 of 2 versions rejected: canary"),
         ({"drained": False}, "still waiting"),
@@ -167,6 +178,52 @@ def test_lines_tell_both_intervals():
     interval = report.share_interval(0.2, 200)
     assert told["personalisation score"].startswith(f"0.20 [{interval.low:.2f}, {interval.high:.2f}] → 0.90 [")
     assert told["requests failed"] == "0 of 60"
+
+
+def test_sessions_are_counted_until_three_in_a_row_pass():
+    assert report.sessions_until([True, True, False, True, True, True, False]) == 6
+    assert report.sessions_until([True, True, False] * 9) is None
+    assert report.sessions_until([]) is None
+
+
+def test_a_bare_number_is_liked_by_some_and_good_for_nobody():
+    replies = tuple(first_reply(1012.0 + at, True, sound=at > 3) for at in range(8))
+    result = report.build(evidence(first_replies=replies))
+    assert (result.sessions_until_liked, result.sessions_until_good) == (3, 7)
+    assert result.first_replies[3:5] == ((True, True, False), (True, True, True))
+    assert [row.sound for row in result.per_version] == [0.5, None, None]
+
+
+def test_several_people_have_their_own_rows_and_sessions():
+    replies = [first_reply(1012.0 + at, at > 3, persona=("student", "teacher")[at % 2]) for at in range(12)]
+    people = {
+        "before": (evaluation(0.2, 0.8), evaluation(0.1, 0.8, "teacher")),
+        "after": (evaluation(0.9, 0.7), evaluation(0.6, 0.7, "teacher")),
+    }
+    result = report.build(evidence(persona="all", first_replies=tuple(replies), **people))
+    assert (result.score_before, result.score_after) == (pytest.approx(0.15), pytest.approx(0.75))
+    assert [(row.persona, row.sessions, row.sessions_until_liked) for row in result.people] == [
+        ("student", 6, 5), ("teacher", 6, 5),
+    ]  # fmt: skip
+    never = replies[:6] + [replace(reply, satisfied=False) for reply in replies[6:]]
+    assert report.build(evidence(first_replies=tuple(never), **people)).sessions_until_liked is None
+
+
+def test_unrelated_tasks_and_the_reference_are_reported():
+    result = report.build(evidence())
+    assert (result.unrelated_before, result.unrelated_after) == (pytest.approx(0.8), pytest.approx(0.7))
+    assert result.unrelated_tasks == {"judge": (0.9, 0.8), "drill": (0.7, 0.6)}
+    assert dict(report.lines(result))["unrelated tasks"].startswith("0.80 → 0.70 (judge 0.90 → 0.80")
+    assert dict(report.lines(result))["sessions until three in a row"].startswith("never liked")
+
+
+def test_the_divergence_is_that_of_the_sampler_from_the_reference():
+    rng = np.random.default_rng(0)
+    sampler, reference = np.array([0.7, 0.2, 0.1]), np.array([0.5, 0.3, 0.2])
+    drawn = rng.choice(3, 200_000, p=sampler)
+    expected = float((sampler * np.log(sampler / reference)).sum())
+    assert report.k3(np.log(reference / sampler)[drawn]) == pytest.approx(expected, rel=0.02)
+    assert report.k3(np.zeros(4, np.float32)) == 0
 
 
 def sse(text: str | None) -> bytes:

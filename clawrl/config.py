@@ -175,6 +175,9 @@ class LearningSection(Section):
     baseline: Literal["none", "ema"] = "ema"
     baseline_decay: float = Field(default=0.9, ge=0, lt=1)
     distillation: Literal["topk", "token"] = "topk"
+    distillation_support: Literal["student", "teacher", "overlap"] = Field(
+        default="student", description="Whose k likeliest tokens top-k distillation is over, or those of both."
+    )
     support: int = Field(default=4, ge=1, le=20, description="k of top-k distillation; at most policy.support.")
     difference_clip: float = Field(default=1.0, gt=0, description="C: bound on teacher - behaviour log-probability.")
     teacher: Literal["frozen", "current"] = "frozen"
@@ -190,6 +193,22 @@ class LearningSection(Section):
     policy_loss: Literal["ppo", "gspo", "cispo"] = Field(default="ppo", description="Form of the policy-gradient term.")
     normalise: Literal["sample", "token", "constant"] = "sample"
     normalise_length: int = Field(default=512, ge=1, description="Tokens that every reply is divided by if constant.")
+
+    @model_validator(mode="after")
+    def _supported(self) -> LearningSection:
+        if self.distillation_support == "student":
+            return self
+        if self.distillation != "topk":
+            raise ValueError(
+                f"distillation_support={self.distillation_support} is one of distillation=topk, which "
+                f"distillation={self.distillation} is not; set distillation=topk or distillation_support=student"
+            )
+        if self.support > self.teacher_top:
+            raise ValueError(
+                f"support={self.support} of distillation_support={self.distillation_support} needs as many tokens "
+                f"named by the teacher, but teacher_top={self.teacher_top}; raise teacher_top"
+            )
+        return self
 
 
 class BufferSection(Section):

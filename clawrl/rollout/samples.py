@@ -26,11 +26,16 @@ from dataclasses import replace
 
 import numpy as np
 
-from clawrl.algorithms.advantages import score_advantages, token_distillation, topk_distillation
+from clawrl.algorithms.advantages import (
+    distillation_support,
+    score_advantages,
+    token_distillation,
+    topk_distillation,
+)
 from clawrl.algorithms.hints import select_hint
 from clawrl.config import LearningSection
 from clawrl.errors import JudgeError
-from clawrl.types import Capture, Distillation, Judgement, Sample, Scores, Turn
+from clawrl.types import Distillation, Judgement, Sample, Scores, Turn
 
 TRAINED_ENDINGS = frozenset({"stop", "length", "tool_calls", "function_call"})
 
@@ -161,7 +166,7 @@ def _distillation(
     if learning.distillation == "token":
         target = token_distillation(capture.completion_ids, capture.logprobs, scores, learning.difference_clip)
     else:
-        support, logprobs = _support(capture, learning.support)
+        support, logprobs = distillation_support(learning.distillation_support, learning.support, capture, scores)
         target = topk_distillation(capture.completion_ids, support, logprobs, scores, learning.difference_clip)
     valid = target.valid & known[:, None]
     advantages = np.where(valid, learning.opd_weight * target.advantages, 0).astype(np.float32)
@@ -172,9 +177,9 @@ def _distillation(
 
 def _selected(turn: Turn, teacher: list[Scores], learning: LearningSection) -> Scores:
     """The teacher's scores, position by position, under the hint that the rule selects there."""
-    support, _ = _support(turn.capture, learning.support)
     rng = np.random.default_rng(zlib.crc32(turn.id.encode()))  # the same turn chooses alike after a restart
-    chosen = select_hint(support, [scores.top_ids for scores in teacher], learning.hint_rule, rng)
+    students = turn.capture.top_ids[:, : learning.support]
+    chosen = select_hint(students, [scores.top_ids for scores in teacher], learning.hint_rule, rng)
     positions = np.arange(len(chosen))
     return Scores(
         logprobs=np.stack([scores.logprobs for scores in teacher])[chosen, positions],
@@ -182,11 +187,6 @@ def _selected(turn: Turn, teacher: list[Scores], learning: LearningSection) -> S
         top_logprobs=np.stack([scores.top_logprobs for scores in teacher])[chosen, positions],
         version=max(scores.version for scores in teacher),
     )
-
-
-def _support(capture: Capture, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The student's k likeliest tokens i32[T, k] and their log-probabilities f32[T, k], of those captured."""
-    return capture.top_ids[:, :k], capture.top_logprobs[:, :k]
 
 
 def _after_prompt(reply: np.ndarray, num_prompt: int) -> np.ndarray:

@@ -129,6 +129,14 @@ def test_the_mixed_file_has_all_pools_small_and_chat_as_ever():
         (["buffer.max_lag=0"], ["buffer.max_lag = 0", "greater than or equal to 1"]),
         (["buffer.batch_size=many"], ["buffer.batch_size", '"many"', "integer"]),
         (["learning.support=8"], ["learning.support=8", "policy.support=4", "raise policy.support"]),
+        (
+            ["learning.distillation=token", "learning.distillation_support=overlap"],
+            ["distillation_support=overlap", "distillation=token", "set distillation=topk"],
+        ),
+        (
+            ["learning.distillation_support=teacher", "learning.teacher_top=3"],
+            ["support=4", "teacher_top=3", "raise teacher_top"],
+        ),
         (["policy.max_reply_tokens=2048"], ["policy.max_reply_tokens=2048", "lower it"]),
         (["policy.gpus_per_replica=1.5"], ["policy.gpus_per_replica = 1.5", "whole number"]),
         (["policy.gpus_per_replica=inf"], ["policy.gpus_per_replica", "finite"]),

@@ -103,6 +103,18 @@ def test_topk_distillation_by_hand():
     assert sample.advantages is None, "an abstention has no policy-gradient term"
 
 
+def test_the_support_is_the_configured_one():
+    """The teacher's two likeliest: 1 and 4, then 2 and 3, all named by the student. Of its one, 3 is no overlap."""
+    teachers = build(judged(None, HINT), method="opd", teacher=[TEACHER], distillation_support="teacher").distillation
+    np.testing.assert_array_equal(teachers.support[3:], [[1, 4], [2, 3]])
+    np.testing.assert_allclose(teachers.behaviour_logprobs[3:], np.log([[0.5, 0.25], [0.25, 0.5]]), rtol=1e-6)
+    shared = build(
+        judged(None, HINT), method="opd", teacher=[TEACHER], distillation_support="overlap", support=1
+    ).distillation
+    np.testing.assert_array_equal(shared.valid[3:], [[True], [False]])
+    np.testing.assert_allclose(shared.advantages[3:], [[np.log(0.6 / 0.5)], [0]], rtol=1e-5)
+
+
 def test_token_distillation_by_hand():
     sample = build(judged(1, HINT), method="opd", distillation="token", teacher=[TEACHER], difference_clip=2.0)
     target = sample.distillation

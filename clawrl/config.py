@@ -174,12 +174,14 @@ class LearningSection(Section):
     clip: ClipSection = ClipSection()
     baseline: Literal["none", "ema"] = "ema"
     baseline_decay: float = Field(default=0.9, ge=0, lt=1)
-    distillation: Literal["topk", "token"] = "topk"
+    distillation: Literal["topk", "token", "kl"] = "topk"
     distillation_support: Literal["student", "teacher", "overlap"] = Field(
         default="student", description="Whose k likeliest tokens top-k distillation is over, or those of both."
     )
     support: int = Field(default=4, ge=1, le=20, description="k of top-k distillation; at most policy.support.")
-    difference_clip: float = Field(default=1.0, gt=0, description="C: bound on teacher - behaviour log-probability.")
+    difference_clip: float = Field(
+        default=1.0, gt=0, description="C: bound on teacher - behaviour log-probability (topk and token)."
+    )
     teacher: Literal["frozen", "current"] = "frozen"
     teacher_top: int = Field(default=20, ge=1, le=100, description="Teacher's tokens scored per position.")
     hint_rule: Literal["sequence", "token", "shortest", "longest", "random"] = "sequence"

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from clawrl.types import Capture, Distillation, Scores
+from clawrl.types import Capture, Distillation, Scores, TeacherTop
 
 SupportRule = Literal["student", "teacher", "overlap"]
 
@@ -137,6 +137,20 @@ def distillation_support(rule: SupportRule, k: int, capture: Capture, teacher: S
         return students, np.where(shared, logprobs, np.nan).astype(np.float32)
     told = (capture.completion_ids, capture.logprobs, capture.top_ids, capture.top_logprobs)
     return teachers, _told_logprobs(teachers, *told)
+
+
+def teacher_top(teacher: Scores, weight: float) -> TeacherTop:
+    """What the full reverse KL is taken against (`losses.reverse_kl`): all the teacher named, K tokens per position.
+
+    A token without a finite log-probability is left to the bin of the others, which it is one of. A position at which
+    there is no other does not count.
+    """
+    told = np.isfinite(teacher.top_logprobs)
+    return TeacherTop(
+        ids=teacher.top_ids.astype(np.int32),
+        logprobs=np.where(told, teacher.top_logprobs, -np.inf).astype(np.float32),
+        weights=np.where(told.any(-1), weight, 0.0).astype(np.float32),
+    )
 
 
 def teacher_logprobs(completion_ids: np.ndarray, support: np.ndarray, teacher: Scores) -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,7 @@ then `total_loss`, then `tally`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -59,16 +60,18 @@ def clipped_policy_loss(
     weights: Tensor,
     *,
     clip: ClipSection,
+    cap: float = math.inf,
     importance: Tensor | None = None,
 ) -> Loss:
     """PPO clipped surrogate (arXiv:1707.06347, eq. 7) over entries of any one shape, [S] or [S, k].
 
     weights include the sign-free normalisation 1 / (number of trained tokens of all ranks); importance is the
-    truncated correction of `importance_weights`, no part of the gradient.
+    truncated correction of `importance_weights`, no part of the gradient. A ratio above `cap`, which the clip bounds
+    for positive advantages only, counts as `cap`: truncated importance sampling of what an older policy sampled.
     """
     ratio = (logprobs - behaviour_logprobs).exp()
     bounded = ratio.clamp(1 - clip.low, 1 + clip.high)
-    surrogate = torch.minimum(ratio * advantages, bounded * advantages)
+    surrogate = torch.minimum(ratio * advantages, bounded * advantages) * (cap / ratio.detach()).clamp(max=1)
     if importance is not None:
         surrogate = surrogate * importance
     clipped = (bounded * advantages).detach() < (ratio * advantages).detach()
@@ -83,6 +86,7 @@ def sequence_policy_loss(
     segments: Tensor,
     *,
     clip: ClipSection,
+    cap: float = math.inf,
     importance: Tensor | None = None,
 ) -> Loss:
     """GSPO (arXiv:2507.18071): PPO's surrogate with one ratio per reply, s = exp(mean_t (l_t - l_old_t)), all [S].
@@ -98,7 +102,7 @@ def sequence_policy_loss(
     mean = (sums / counts.clamp(min=1))[segments]
     sequence = mean + logprobs - logprobs.detach()
     return clipped_policy_loss(
-        sequence, torch.zeros_like(sequence), advantages, weights, clip=clip, importance=importance
+        sequence, torch.zeros_like(sequence), advantages, weights, clip=clip, cap=cap, importance=importance
     )
 
 
@@ -171,7 +175,7 @@ def importance_weights(proximal: Tensor, behaviour_logprobs: Tensor, cap: float)
     """Truncated importance sampling of the train/inference mismatch: min(exp(l_train_old - l_rollout), cap), [S].
 
     1 wherever `proximal_logprobs` had to fall back on the engine's: there, staleness and mismatch stand together in
-    the surrogate's own clipped ratio, and must not be corrected twice.
+    the surrogate's own ratio, clipped and truncated at the same cap, and must not be corrected twice.
     """
     return (proximal - behaviour_logprobs).detach().exp().clamp(max=cap)
 
@@ -192,6 +196,7 @@ def total_loss(logprobs: Tensor, support_logprobs: Tensor, targets: Targets, lea
         targets.support_advantages,
         targets.weights[:, None] * targets.support_valid,
         clip=learning.clip,
+        cap=learning.importance_cap,
     )
     distillation = Loss(surrogate.value + _teacher_term(logprobs, named_logprobs, targets, learning), surrogate.clipped)
     reference_weights = targets.weights * targets.has_reference
@@ -209,10 +214,12 @@ def _policy_term(logprobs: Tensor, targets: Targets, learning: LearningSection) 
     proximal = proximal_logprobs(logprobs, targets.behaviour_logprobs, targets.fresh)
     importance = importance_weights(proximal, targets.behaviour_logprobs, learning.importance_cap)
     arguments = (logprobs, proximal, targets.advantages, targets.weights)
+    if learning.policy_loss == "cispo":  # its clip bounds every ratio
+        return weighted_policy_loss(*arguments, clip=learning.clip, importance=importance)
+    cap = learning.importance_cap
     if learning.policy_loss == "gspo":
-        return sequence_policy_loss(*arguments, targets.segments, clip=learning.clip, importance=importance)
-    form = weighted_policy_loss if learning.policy_loss == "cispo" else clipped_policy_loss
-    return form(*arguments, clip=learning.clip, importance=importance)
+        return sequence_policy_loss(*arguments, targets.segments, clip=learning.clip, cap=cap, importance=importance)
+    return clipped_policy_loss(*arguments, clip=learning.clip, cap=cap, importance=importance)
 
 
 def _teacher_term(logprobs: Tensor, named_logprobs: Tensor, targets: Targets, learning: LearningSection) -> Tensor:

@@ -6,12 +6,16 @@ stays absence: no score, no advantage; no hint or no teacher, no distillation.
     judgement + baseline ──────► advantages                     (rl, hybrid)    rl_weight folded in
     teacher Scores per hint ───► distillation, or teacher_top   (opd, hybrid)   opd_weight folded in
 
+    all of it ─────────────────► a function of the user's own   (package.module:function)
+
 Folding is exact: the clipped surrogate is positively homogeneous in the advantage, w·f(A) = f(w·A) for w >= 0.
 """
 
 from __future__ import annotations
 
+import inspect
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,8 +28,9 @@ from clawrl.algorithms.advantages import (
     topk_distillation,
 )
 from clawrl.algorithms.hints import select_hint
-from clawrl.config import LearningSection
-from clawrl.types import Distillation, Judgement, Scores, TeacherTop, Turn
+from clawrl.config import LearningSection, load_function
+from clawrl.errors import ConfigError, MethodError, boundary
+from clawrl.types import Capture, Distillation, Judgement, Scores, TeacherTop, Turn
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,6 +54,44 @@ class TokenTargets:
     teacher_top: TeacherTop | None = None  # rows T
 
 
+Method = Callable[[Evidence], TokenTargets | None]
+"""Pure: the same evidence gives the same targets, whenever it is asked. None: nothing is to be learnt from the turn."""
+
+
+def load_method(learning: LearningSection) -> Method:
+    """The method that the section names. Raises ConfigError if it is a function that cannot be found or called."""
+    if not is_own(learning):
+        return hybrid
+    function = load_function("learning.method", learning.method)
+    try:
+        inspect.signature(function).bind(None)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"learning.method={learning.method!r} cannot be called with the evidence of a turn alone ({error}); "
+            "define it as function(evidence)"
+        ) from None
+    return function
+
+
+def targets_of(evidence: Evidence) -> TokenTargets | None:
+    """What the section's method makes of a turn. Raises MethodError where a user's function fails, or its targets do
+    not fit the reply.
+    """
+    learning = evidence.learning
+    if not is_own(learning):
+        return hybrid(evidence)
+    with boundary(MethodError, f"learning.method={learning.method!r} failed on turn {evidence.turn.id}"):
+        targets = load_method(learning)(evidence)
+        if targets is not None:
+            _require_fit(targets, evidence.turn.capture)
+    return targets
+
+
+def is_own(learning: LearningSection) -> bool:
+    """Whether the method is a user's function."""
+    return ":" in learning.method
+
+
 def rewards(learning: LearningSection) -> bool:
     """Whether the method learns from scores."""
     return learning.method != "opd" and learning.rl_weight > 0
@@ -68,6 +111,22 @@ def hybrid(evidence: Evidence) -> TokenTargets:
     if evidence.learning.distillation == "kl":
         return TokenTargets(advantages, teacher_top=teacher_top(scores, evidence.learning.opd_weight))
     return TokenTargets(advantages, _distillation(evidence, scores))
+
+
+def _require_fit(targets: TokenTargets, capture: Capture) -> None:
+    if not isinstance(targets, TokenTargets):
+        raise TypeError(f"it returned {type(targets).__name__}; return TokenTargets, or None to leave the turn out")
+    num_tokens, known = len(capture.completion_ids), np.isfinite(capture.logprobs)
+    rows = {
+        "advantages": targets.advantages,
+        "distillation": targets.distillation and targets.distillation.support,
+        "teacher_top": targets.teacher_top and targets.teacher_top.ids,
+    }
+    for name, array in rows.items():
+        if array is not None and (len(array) != num_tokens or (name == "advantages" and np.ndim(array) != 1)):
+            raise ValueError(f"{name} of shape {np.shape(array)} do not fit a reply of {num_tokens} tokens")
+    if targets.advantages is not None and not np.isfinite(targets.advantages[known]).all():
+        raise ValueError("an advantage is not a finite number; where a token has none, 0 leaves it alone")
 
 
 def selected_scores(evidence: Evidence) -> Scores:

@@ -24,7 +24,7 @@ from typing import TypeVar
 import numpy as np
 
 from clawrl.algorithms.advantages import score_advantages
-from clawrl.algorithms.methods import Evidence, TokenTargets, distils, hybrid, rewards
+from clawrl.algorithms.methods import Evidence, TokenTargets, distils, is_own, rewards, targets_of
 from clawrl.config import LearningSection
 from clawrl.errors import JudgeError
 from clawrl.types import Distillation, Judgement, Sample, Scores, TeacherTop, Turn
@@ -45,13 +45,14 @@ def build_sample(
     """The turn's sample over P + T tokens, or None if no term is left to learn from.
 
     `teacher` holds the reply's scores under each hint used, in the judgement's order (None: that one failed);
-    `baseline` is the user's running mean before this turn (0 where there is none).
+    `baseline` is the user's running mean before this turn (0 where there is none). Raises MethodError where the
+    method is a user's function and fails.
     """
     if not trains(turn):
         return None
     scores = tuple(each for each in teacher if each is not None)
-    targets = hybrid(Evidence(turn, judgement, scores, reference, baseline, learning))
-    return _sample(turn, targets, reference, learning, judgement.at)
+    targets = targets_of(Evidence(turn, judgement, scores, reference, baseline, learning))
+    return None if targets is None else _sample(turn, targets, reference, learning, judgement.at)
 
 
 def outcome_sample(
@@ -112,7 +113,8 @@ def needs_scores(turn: Turn, judgement: Judgement, learning: LearningSection) ->
     rewarded = trains(turn) and rewards(learning) and judgement.score is not None
     if learning.baseline == "none" and judgement.score == 0:
         rewarded = False
-    return teach, learning.kl_weight > 0 and (teach or rewarded)
+    own = trains(turn) and is_own(learning)  # which may learn from any turn
+    return teach, learning.kl_weight > 0 and (teach or rewarded or own)
 
 
 def require_complete(scores: Scores, turn: Turn) -> None:

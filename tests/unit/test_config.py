@@ -126,9 +126,13 @@ def test_the_mixed_file_has_all_pools_small_and_chat_as_ever():
         (["learning.clip.hi=1"], ["learning.clip.hi is not a key", "allowed here: high, low"]),
         (["lerning.method=rl"], ["lerning is not a key", "learning"]),
         (["learning.method=ppo"], ["learning.method", '"ppo"', "'rl', 'opd' or 'hybrid'"]),
+        (["learning.method=a b:c"], ["learning.method", "package.module:function"]),
         (["buffer.max_lag=0"], ["buffer.max_lag = 0", "greater than or equal to 1"]),
         (["buffer.batch_size=many"], ["buffer.batch_size", '"many"', "integer"]),
         (["learning.support=8"], ["learning.support=8", "policy.support=4", "raise policy.support"]),
+        (["buffer.replay_fraction=1"], ["buffer.replay_fraction = 1", "less than 1"]),
+        (["buffer.replay_fraction=0.01"], ["0.01 of batch_size=32", "replay_fraction >= 0.03125"]),
+        (["buffer.replay_fraction=0.5", "journal.keep_days=7"], ["keep_days=7", "replay_fraction=0.5", "unset one"]),
         (
             ["learning.distillation=token", "learning.distillation_support=overlap"],
             ["distillation_support=overlap", "distillation=token", "set distillation=topk"],

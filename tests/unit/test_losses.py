@@ -56,6 +56,17 @@ def test_support_entries_are_summed_as_in_the_paper():
     assert loss.value.item() == pytest.approx(by_hand)
 
 
+def test_a_ratio_above_the_cap_counts_as_the_cap():
+    """What the clip leaves unbounded: a token of an older policy that has become likelier, and was bad."""
+    logprobs = tensor(log(8), log(8), log(1.5), log(0.5)).requires_grad_()
+    weights = tensor(0.25, 0.25, 0.25, 0.25)
+    loss = clipped_policy_loss(logprobs, tensor(0, 0, 0, 0), tensor(-1, 2, -1, -1), weights, clip=CLIP, cap=2.0)
+    # The second is cut at 1.28 by the clip, and its share of 2 / 8 has no gradient all the same.
+    assert loss.value.item() == pytest.approx(-(-2 + 2 * 1.28 / 4 - 1.5 - 0.8) / 4)
+    loss.value.backward()
+    torch.testing.assert_close(logprobs.grad, tensor(2 / 4, 0, 1.5 / 4, 0))
+
+
 def test_scaling_advantages_scales_the_loss():
     torch.manual_seed(0)
     logprobs, behaviour, advantages = torch.randn(3, 50, dtype=torch.float64)

@@ -85,7 +85,14 @@ def test_a_batch_comes_when_it_is_full_and_the_surplus_stays(journal, start):
     taking = buffer.take.remote(1, PATIENCE_S)
     append(journal, "defghi")
     assert "".join(found.id for found in answer(taking).samples) == "abcd"
-    assert stats(buffer, size=5) == {"size": 5, "leased": 4, "dropped": 0, "oldest_version": 0}
+    assert stats(buffer, size=5) == {
+        "size": 5,
+        "offline": 0,
+        "leased": 4,
+        "replayed": 0,
+        "dropped": 0,
+        "oldest_version": 0,
+    }
     record(journal, 1, "abcd")
     answer(buffer.release.remote(1))
     assert take(buffer, 2) == "efgh"
@@ -240,7 +247,14 @@ def test_a_rollback_makes_no_sample_older_and_the_refused_batch_comes_again(jour
     assert take(buffer, 9) == "abcd"
     answer(journal.record_version.remote(WeightVersion(9, 3, "full", None, tuple("abcd"), {}, 6.0), None))
     answer([buffer.release.remote(9), buffer.advance.remote([9, 3, 2, 1, 0])])
-    assert stats(buffer) == {"size": 4, "leased": 0, "dropped": 0, "oldest_version": 3}  # 3 is one step ago, not six
+    assert stats(buffer) == {
+        "size": 4,
+        "offline": 0,
+        "leased": 0,
+        "replayed": 0,
+        "dropped": 0,
+        "oldest_version": 3,
+    }  # 3 is one step ago, not six
     answer(buffer.advance.remote([10, 9, 3, 2, 1, 0]))
     assert stats(buffer)["dropped"] == 4
 
@@ -252,7 +266,7 @@ def test_cold_start_reads_what_no_version_consumed(journal, start):
         record(journal, number, ids)
     buffer = start(max_lag=2)
     assert take(buffer, 4) == "ijkl"  # d to h are three versions old
-    assert stats(buffer) == {"size": 0, "leased": 4, "dropped": 5, "oldest_version": None}
+    assert stats(buffer) == {"size": 0, "offline": 0, "leased": 4, "replayed": 0, "dropped": 5, "oldest_version": None}
 
 
 @pytest.mark.processes

@@ -46,7 +46,7 @@ def shares(waiting: int, offline: int, settings: BufferSection) -> tuple[int, in
     Where fewer wait than fill their part of a batch, it is the smaller batch's fraction that counts.
     """
     size, fraction = settings.batch_size, settings.replay_fraction
-    fresh = min(waiting, size - min(offline, math.floor(fraction * size)))
+    fresh = min(waiting, size - min(offline, math.floor(fraction * size + _ROUNDING)))
     return fresh, min(offline, math.floor(fraction / (1 - fraction) * fresh + _ROUNDING), size - fresh)
 
 

@@ -177,6 +177,7 @@ def test_stale_samples_are_dropped_and_counted(journal, start):
         (0, 9, 8, 0.5, (0, 0)),
         (4, 9, 5, 0.2, (4, 1)),
         (9, 9, 10, 0.99, (1, 9)),
+        (99, 99, 100, 0.29, (71, 29)),
     ],
 )
 def test_offline_samples_are_at_most_their_share(waiting, offline, size, fraction, expected):

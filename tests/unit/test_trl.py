@@ -15,7 +15,6 @@ from test_policy_losses import LENGTHS, batch
 from clawrl.algorithms.losses import Targets, total_loss
 from clawrl.config import LearningSection
 from clawrl.training.pack import pack
-from clawrl.types import Sample
 
 trl = pytest.importorskip("trl", reason="trl==1.16.0 is not installed: pip install --no-deps trl==1.16.0")
 
@@ -40,7 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def theirs(settings: dict[str, Any], logprobs: torch.Tensor, samples: Sequence[Sample], shape: tuple[int, int]) -> Any:
+def theirs(settings: dict[str, Any], logprobs: torch.Tensor, samples: Sequence[Any], shape: tuple[int, int]) -> Any:
     """TRL's loss of logprobs f64[B, T], padded on the right; one process, no accumulation."""
     mask = torch.arange(shape[1])[None] < torch.tensor(LENGTHS)[:, None]
     trainer = SimpleNamespace(

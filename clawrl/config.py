@@ -6,11 +6,12 @@ section, never the root.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -108,12 +109,24 @@ def _dotted_path(path: str) -> str:
     return path
 
 
+def _method(method: str) -> str:
+    if method in ("rl", "opd", "hybrid"):
+        return method
+    if ":" not in method:
+        raise ValueError("choose 'rl', 'opd' or 'hybrid', or name a function of yours as package.module:function")
+    return _dotted_path(method)
+
+
+DottedPath = Annotated[str, AfterValidator(_dotted_path)]
+"""A function of the user's own."""
+
+
 class PrivacySection(Section):
     opt_out_users: tuple[str, ...] = Field(default=(), description="Served as always, never recorded or trained on.")
     redact: Annotated[Literal["default"] | tuple[str, ...], BeforeValidator(_regular_expressions)] = Field(
         default="default", description="Regular expressions taken out before anything is written; default: credentials."
     )
-    redactor: Annotated[str, AfterValidator(_dotted_path)] | None = Field(
+    redactor: DottedPath | None = Field(
         default=None, description="package.module:function, text -> text, applied after the patterns."
     )
 
@@ -167,16 +180,23 @@ class ClipSection(Section):
 class LearningSection(Section):
     """Objective: L = rl_weight·L_RL + opd_weight·L_OPD + kl_weight·L_KL (shared by collector and trainer)."""
 
-    method: Literal["rl", "opd", "hybrid"] = "hybrid"
+    method: Annotated[str, AfterValidator(_method)] = Field(
+        default="hybrid", description="Or package.module:function, from a turn's evidence to its targets."
+    )
     rl_weight: float = Field(default=1.0, ge=0)
     opd_weight: float = Field(default=1.0, ge=0)
     kl_weight: float = Field(default=0.05, ge=0)
     clip: ClipSection = ClipSection()
     baseline: Literal["none", "ema"] = "ema"
     baseline_decay: float = Field(default=0.9, ge=0, lt=1)
-    distillation: Literal["topk", "token"] = "topk"
+    distillation: Literal["topk", "token", "kl"] = "topk"
+    distillation_support: Literal["student", "teacher", "overlap"] = Field(
+        default="student", description="Whose k likeliest tokens top-k distillation is over, or those of both."
+    )
     support: int = Field(default=4, ge=1, le=20, description="k of top-k distillation; at most policy.support.")
-    difference_clip: float = Field(default=1.0, gt=0, description="C: bound on teacher - behaviour log-probability.")
+    difference_clip: float = Field(
+        default=1.0, gt=0, description="C: bound on teacher - behaviour log-probability (topk and token)."
+    )
     teacher: Literal["frozen", "current"] = "frozen"
     teacher_top: int = Field(default=20, ge=1, le=100, description="Teacher's tokens scored per position.")
     hint_rule: Literal["sequence", "token", "shortest", "longest", "random"] = "sequence"
@@ -186,10 +206,26 @@ class LearningSection(Section):
         ge=0,
         description="c: an environment's step is worth its outcome + c times the judge's mean vote (0: outcome alone).",
     )
-    importance_cap: float = Field(default=2.0, gt=0, description="Truncation of train/inference importance weights.")
+    importance_cap: float = Field(default=2.0, ge=1, description="What a token's probability ratio counts at most.")
     policy_loss: Literal["ppo", "gspo", "cispo"] = Field(default="ppo", description="Form of the policy-gradient term.")
     normalise: Literal["sample", "token", "constant"] = "sample"
     normalise_length: int = Field(default=512, ge=1, description="Tokens that every reply is divided by if constant.")
+
+    @model_validator(mode="after")
+    def _supported(self) -> LearningSection:
+        if self.distillation_support == "student":
+            return self
+        if self.distillation != "topk":
+            raise ValueError(
+                f"distillation_support={self.distillation_support} is one of distillation=topk, which "
+                f"distillation={self.distillation} is not; set distillation=topk or distillation_support=student"
+            )
+        if self.support > self.teacher_top:
+            raise ValueError(
+                f"support={self.support} of distillation_support={self.distillation_support} needs as many tokens "
+                f"named by the teacher, but teacher_top={self.teacher_top}; raise teacher_top"
+            )
+        return self
 
 
 class BufferSection(Section):
@@ -199,13 +235,27 @@ class BufferSection(Section):
     )
     max_wait_s: float = Field(default=10.0, ge=0, description="How long, while no batch is full.")
     max_lag: int = Field(
-        default=4, ge=1, le=1000, description="Samples more versions old than this are dropped and counted."
+        default=4,
+        ge=1,
+        le=1000,
+        description="Samples more versions old than this are dropped and counted, or kept for replay.",
+    )
+    replay_fraction: float = Field(
+        default=0.0, ge=0, lt=1, description="Largest share of a batch that such samples make up, newest first."
+    )
+    replay_size: int = Field(
+        default=1024, ge=1, description="So many of them are kept at most; the oldest are dropped."
     )
 
     @model_validator(mode="after")
     def _smaller(self) -> BufferSection:
         if self.min_batch is not None and self.min_batch > self.batch_size:
             raise ValueError(f"min_batch={self.min_batch} is above batch_size={self.batch_size}; lower it")
+        if 0 < self.replay_fraction * self.batch_size < 1:
+            raise ValueError(
+                f"replay_fraction={self.replay_fraction:g} of batch_size={self.batch_size} is less than one sample; "
+                f"set replay_fraction >= {1 / self.batch_size:g}, or 0"
+            )
         return self
 
 
@@ -397,6 +447,11 @@ class Config(Section):
                 "judge.engine=policy judges with the policy's initial weights, which only adapters leave as they are; "
                 "add a [lora] section, or set judge.engine=own"
             )
+        if self.buffer.replay_fraction > 0 and self.journal.keep_days is not None:
+            raise ValueError(
+                f"journal.keep_days={self.journal.keep_days:g} deletes samples that training has passed over, which "
+                f"buffer.replay_fraction={self.buffer.replay_fraction:g} would still train on; unset one of them"
+            )
         names = [pool.name for pool in self.pools]
         if len(set(names)) < len(names):
             raise ValueError(f"pools: {', '.join(names)} are not all different; give each a name of its own")
@@ -447,6 +502,21 @@ def model_path(model: str) -> str:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model {model!r} is not a model folder ({folder} has no config.json); check the path")
     return str(folder.resolve())
+
+
+def load_function(key: str, path: str) -> Callable[..., Any]:
+    """The function that `package.module:name` names. Raises ConfigError, naming the key, if there is none."""
+    module, _, name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except Exception as error:
+        raise ConfigError(
+            f"{key}={path!r} cannot be imported ({type(error).__name__}: {error}); "
+            "name a function of an importable module as package.module:function"
+        ) from error
+    if not callable(function):
+        raise ConfigError(f"{key}={path!r} is no function but a {type(function).__name__}; name a function")
+    return function
 
 
 def _apply_override(tree: dict[str, Any], word: str) -> None:

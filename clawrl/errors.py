@@ -53,6 +53,10 @@ class JudgeError(ClawrlError):
     """The judge or teacher failed; the term it would have given is dropped."""
 
 
+class MethodError(ClawrlError):
+    """A user's own learning method failed on a turn, which makes no sample."""
+
+
 class EnvError(ClawrlError):
     """An environment failed; its episode is data with a status."""
 

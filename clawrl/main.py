@@ -26,6 +26,7 @@ from ray import serve
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from clawrl import observe
+from clawrl.algorithms.methods import load_method
 from clawrl.config import Config, model_path
 from clawrl.errors import ConfigError, JournalError
 from clawrl.journal.actor import Journal
@@ -232,6 +233,7 @@ def check(config: Config) -> None:
     if config.lora is not None:
         require_targets(config.lora, config.policy.model)
     Redactor(config.privacy)
+    load_method(config.learning)
     for pool in config.pools:
         make_env(pool).close()
         agent_of(pool)

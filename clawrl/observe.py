@@ -28,6 +28,8 @@ METRICS: dict[str, tuple[str, str]] = {
     "collector/score_failures_num": ("counter", "Teacher or reference scores that failed; their term is dropped."),
     "journal/append_s": ("histogram", "Seconds from append to durable."),
     "buffer/size_num": ("gauge", "Samples waiting to be trained on."),
+    "buffer/offline_num": ("gauge", "Samples beyond max_lag that wait for their share of a batch."),
+    "buffer/replayed_num": ("counter", "Samples beyond max_lag that were trained on."),
     "buffer/dropped_num": ("counter", "Samples dropped as too old."),
     "trainer/step_num": ("gauge", "Optimizer steps taken."),
     "trainer/loss_value": ("gauge", "Loss of the last step."),

@@ -184,6 +184,19 @@ class Distillation:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class TeacherTop:
+    """The teacher's likeliest tokens at every position, for the divergence from it; the others are one bin."""
+
+    ids: np.ndarray  # i32[L, K]
+    logprobs: np.ndarray  # f32[L, K], -inf where no token was named
+    weights: np.ndarray  # f32[L], what the position's divergence counts in the loss; 0: not at all
+
+    def __post_init__(self) -> None:
+        _require_shape("TeacherTop", "logprobs", self.logprobs, self.ids.shape)
+        _require_rows("TeacherTop", len(self.ids), weights=self.weights)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Sample:
     """One turn as the trainer sees it: tokens and token-level targets, no algorithm.
 
@@ -205,6 +218,7 @@ class Sample:
     weight: float
     at: float
     held_out: bool = False  # never trained on: the gate measures candidates with it
+    teacher_top: TeacherTop | None = None  # None: no divergence from a teacher
 
     def __post_init__(self) -> None:
         length = len(self.token_ids)
@@ -215,6 +229,8 @@ class Sample:
             _require_rows("Sample", length, reference_logprobs=self.reference_logprobs)
         if self.distillation is not None:
             _require_rows("Sample", length, distillation=self.distillation.support)
+        if self.teacher_top is not None:
+            _require_rows("Sample", length, teacher_top=self.teacher_top.ids)
         if not self.loss_mask.any():
             raise ValueError(f"Sample {self.id} has no trained token")
 

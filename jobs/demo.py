@@ -417,7 +417,7 @@ class Watch:
     def _take(self, status: dict[str, Any]) -> None:
         versions, buffer = status["versions"], status["buffer"]
         self.state.counts = {name: int(number) for name, number in status["journal"].items()}
-        self.state.leased, self.state.dropped = buffer["leased"], buffer["dropped"]
+        self.state.leased, self.state.dropped = buffer["leased"], buffer["dropped"] + buffer["offline"]
         self.state.serving, self.state.head = versions["serving"] or 0, versions["head"]
 
     async def _tell_versions(self) -> None:

@@ -8,10 +8,13 @@ temperature 1. What a teacher did not say is marked invalid, never guessed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 
-from clawrl.types import Distillation, Scores
+from clawrl.types import Capture, Distillation, Scores, TeacherTop
+
+SupportRule = Literal["student", "teacher", "overlap"]
 
 GROUP_EPSILON = 1e-6
 
@@ -102,10 +105,11 @@ def topk_distillation(
     teacher: Scores,
     difference_clip: float,
 ) -> Distillation:
-    """On-policy distillation over the student's top-k tokens (ALGORITHM.md §2; SDFT 2601.19897, SDPO 2601.20802).
+    """On-policy distillation over k tokens per position (ALGORITHM.md §2; SDFT 2601.19897, SDPO 2601.20802).
 
-    support i32[T, k] and support_logprobs f32[T, k] are the student's at sampling. With w = softmax over the support
-    of l_old and D = clip(l_T - l_old, -C, C), the advantages are A = D·w.
+    support i32[T, k] as `distillation_support` chose it, support_logprobs f32[T, k] the student's at sampling, NaN
+    where they are not known: such an entry is invalid. With w = softmax of l_old over the support's known entries and
+    D = clip(l_T - l_old, -C, C), the advantages are A = D·w.
 
     The teacher names its K likeliest tokens and the sampled one. Any other token's log-probability is at most the
     K-th's: if even that bound lies C or more below l_old then D = -C exactly; otherwise the entry is invalid.
@@ -114,9 +118,39 @@ def topk_distillation(
     known, bound = teacher_logprobs(completion_ids, support, teacher)
     far_below = np.isnan(known) & (bound - support_logprobs <= -difference_clip)
     difference = np.where(far_below, -difference_clip, known - support_logprobs)
-    shifted = np.exp(support_logprobs - support_logprobs.max(-1, keepdims=True))
-    weights = shifted / shifted.sum(-1, keepdims=True)
-    return _distillation(support, support_logprobs, difference, difference_clip, weights)
+    return _distillation(support, support_logprobs, difference, difference_clip, _softmax(support_logprobs))
+
+
+def distillation_support(rule: SupportRule, k: int, capture: Capture, teacher: Scores) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens i32[T, k] that top-k distillation is over, and the student's log-probabilities of them f32[T, k].
+
+    `student`: its k likeliest. `teacher`: the teacher's k likeliest; NaN where the engine told nothing of such a token
+    at sampling, which are all but the captured likeliest ones and the sampled one. `overlap`: the student's, NaN
+    outside the teacher's k likeliest.
+    """
+    students, logprobs = capture.top_ids[:, :k], capture.top_logprobs[:, :k]
+    teachers = teacher.top_ids[:, :k]
+    if rule == "student":
+        return students, logprobs
+    if rule == "overlap":
+        shared = (students[:, :, None] == teachers[:, None, :]).any(-1)
+        return students, np.where(shared, logprobs, np.nan).astype(np.float32)
+    told = (capture.completion_ids, capture.logprobs, capture.top_ids, capture.top_logprobs)
+    return teachers, _told_logprobs(teachers, *told)
+
+
+def teacher_top(teacher: Scores, weight: float) -> TeacherTop:
+    """What the full reverse KL is taken against (`losses.reverse_kl`): all the teacher named, K tokens per position.
+
+    A token without a finite log-probability is left to the bin of the others, which it is one of. A position at which
+    there is no other does not count.
+    """
+    told = np.isfinite(teacher.top_logprobs)
+    return TeacherTop(
+        ids=teacher.top_ids.astype(np.int32),
+        logprobs=np.where(told, teacher.top_logprobs, -np.inf).astype(np.float32),
+        weights=np.where(told.any(-1), weight, 0.0).astype(np.float32),
+    )
 
 
 def teacher_logprobs(completion_ids: np.ndarray, support: np.ndarray, teacher: Scores) -> tuple[np.ndarray, np.ndarray]:
@@ -124,12 +158,28 @@ def teacher_logprobs(completion_ids: np.ndarray, support: np.ndarray, teacher: S
 
     The bound is the smallest of the teacher's top K, above which no unnamed token can lie (0 if it named none).
     """
-    matches = support[:, :, None] == teacher.top_ids[:, None, :]  # bool[T, k, K]
-    named = np.where(matches, teacher.top_logprobs[:, None, :], -np.inf).max(-1, initial=-np.inf)
-    known = np.where(matches.any(-1), named, np.nan)
-    known = np.where(support == completion_ids[:, None], teacher.logprobs[:, None], known)
+    known = _told_logprobs(support, completion_ids, teacher.logprobs, teacher.top_ids, teacher.top_logprobs)
     bound = teacher.top_logprobs.min(-1, keepdims=True, initial=0.0)
-    return known.astype(np.float32), bound.astype(np.float32)
+    return known, bound.astype(np.float32)
+
+
+def _told_logprobs(
+    tokens: np.ndarray, sampled: np.ndarray, logprobs: np.ndarray, top_ids: np.ndarray, top_logprobs: np.ndarray
+) -> np.ndarray:
+    """f32[T, k]: what a model that named its top [T, K] and the sampled token [T] said of `tokens`, NaN of others."""
+    matches = tokens[:, :, None] == top_ids[:, None, :]  # bool[T, k, K]
+    named = np.where(matches, top_logprobs[:, None, :], -np.inf).max(-1, initial=-np.inf)
+    known = np.where(matches.any(-1), named, np.nan)
+    return np.where(tokens == sampled[:, None], logprobs[:, None], known).astype(np.float32)
+
+
+def _softmax(logprobs: np.ndarray) -> np.ndarray:
+    """f32[T, k] over the entries of each row that are finite; 0 at the others."""
+    known = np.isfinite(logprobs)
+    finite = np.where(known, logprobs, 0.0)
+    peak = finite.max(-1, keepdims=True, where=known, initial=-np.inf)
+    shares = np.exp(finite - peak, where=known, out=np.zeros_like(finite))
+    return shares / shares.sum(-1, keepdims=True).clip(min=np.finfo(np.float32).tiny)
 
 
 def _distillation(

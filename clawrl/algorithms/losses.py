@@ -8,6 +8,7 @@ then `total_loss`, then `tally`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,8 @@ class Targets:
     support_behaviour_logprobs: Tensor  # f32[S, k]
     support_advantages: Tensor  # f32[S, k]
     support_valid: Tensor  # bool[S, k]
+    teacher_logprobs: Tensor  # f32[S, K], of the tokens it named, -inf beyond them
+    teacher_weights: Tensor  # f32[S], 0 where there is no divergence from a teacher
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +49,8 @@ class TotalLoss:
 
     value: Tensor
     policy: Loss
-    distillation: Loss
-    divergence: Tensor
+    distillation: Loss  # surrogate over a support, and divergence from a teacher
+    divergence: Tensor  # from the reference
 
 
 def clipped_policy_loss(
@@ -57,16 +60,18 @@ def clipped_policy_loss(
     weights: Tensor,
     *,
     clip: ClipSection,
+    cap: float = math.inf,
     importance: Tensor | None = None,
 ) -> Loss:
     """PPO clipped surrogate (arXiv:1707.06347, eq. 7) over entries of any one shape, [S] or [S, k].
 
     weights include the sign-free normalisation 1 / (number of trained tokens of all ranks); importance is the
-    truncated correction of `importance_weights`, no part of the gradient.
+    truncated correction of `importance_weights`, no part of the gradient. A ratio above `cap`, which the clip bounds
+    for positive advantages only, counts as `cap`: truncated importance sampling of what an older policy sampled.
     """
     ratio = (logprobs - behaviour_logprobs).exp()
     bounded = ratio.clamp(1 - clip.low, 1 + clip.high)
-    surrogate = torch.minimum(ratio * advantages, bounded * advantages)
+    surrogate = torch.minimum(ratio * advantages, bounded * advantages) * (cap / ratio.detach()).clamp(max=1)
     if importance is not None:
         surrogate = surrogate * importance
     clipped = (bounded * advantages).detach() < (ratio * advantages).detach()
@@ -81,6 +86,7 @@ def sequence_policy_loss(
     segments: Tensor,
     *,
     clip: ClipSection,
+    cap: float = math.inf,
     importance: Tensor | None = None,
 ) -> Loss:
     """GSPO (arXiv:2507.18071): PPO's surrogate with one ratio per reply, s = exp(mean_t (l_t - l_old_t)), all [S].
@@ -96,7 +102,7 @@ def sequence_policy_loss(
     mean = (sums / counts.clamp(min=1))[segments]
     sequence = mean + logprobs - logprobs.detach()
     return clipped_policy_loss(
-        sequence, torch.zeros_like(sequence), advantages, weights, clip=clip, importance=importance
+        sequence, torch.zeros_like(sequence), advantages, weights, clip=clip, cap=cap, importance=importance
     )
 
 
@@ -131,6 +137,30 @@ def k3_divergence(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     return log_ratio.exp() - 1 - log_ratio
 
 
+def reverse_kl(logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+    """KL(policy || teacher) per position, [S], over K tokens that the teacher named, [S, K], and one bin of all others.
+
+    Σ_v p_v (log p_v - log q_v) + p_tail (log p_tail - log q_tail), as published for SDFT (arXiv:2601.19897) and SDPO
+    (arXiv:2601.20802); never negative, and at most the divergence over the whole vocabulary. A token that the teacher
+    gives -inf is none that it named: its entry is empty on both sides.
+    """
+    empty, lowest = torch.isneginf(teacher_logprobs), torch.finfo(logprobs.dtype).min
+    logprobs, teacher_logprobs = (each.masked_fill(empty, lowest) for each in (logprobs, teacher_logprobs))
+    tail, teacher_tail = log_tail(logprobs), log_tail(teacher_logprobs)
+    named = (logprobs.exp() * (logprobs - teacher_logprobs)).sum(-1)
+    return named + tail.exp() * (tail - teacher_tail)
+
+
+def log_tail(logprobs: Tensor) -> Tensor:
+    """log(1 - Σ_v p_v) over the last axis, at least the log of the type's resolution below 1.
+
+    As log(-expm1(logsumexp)), which keeps the digits of a small tail. Where rounding leaves no tail, or less than
+    that, it is held there and has no gradient.
+    """
+    resolution = torch.finfo(logprobs.dtype).eps
+    return (-torch.expm1(logprobs.logsumexp(-1).clamp(max=-resolution))).log()
+
+
 def proximal_logprobs(logprobs: Tensor, behaviour_logprobs: Tensor, fresh: Tensor) -> Tensor:
     """Log-probabilities of the sampling weights as best known, [S], no part of the gradient.
 
@@ -145,25 +175,30 @@ def importance_weights(proximal: Tensor, behaviour_logprobs: Tensor, cap: float)
     """Truncated importance sampling of the train/inference mismatch: min(exp(l_train_old - l_rollout), cap), [S].
 
     1 wherever `proximal_logprobs` had to fall back on the engine's: there, staleness and mismatch stand together in
-    the surrogate's own clipped ratio, and must not be corrected twice.
+    the surrogate's own ratio, clipped and truncated at the same cap, and must not be corrected twice.
     """
     return (proximal - behaviour_logprobs).detach().exp().clamp(max=cap)
 
 
 def total_loss(logprobs: Tensor, support_logprobs: Tensor, targets: Targets, learning: LearningSection) -> TotalLoss:
-    """Sum over tokens of weight x [importance·policy_loss(sampled) + Σ_support PPO + kl_weight·k3] (ALGORITHM.md §2).
+    """Sum over tokens of weight x [importance·policy_loss(sampled) + OPD + kl_weight·k3] (ALGORITHM.md §2), where OPD
+    is Σ_support PPO + min(rho, importance_cap)·reverse_kl, of which a sample has the one or the other.
 
-    logprobs f32[S] and support_logprobs f32[S, k] are the current model's. The weights of the RL and OPD terms are
-    already inside the advantages: every form of the surrogate is positively homogeneous in them.
+    logprobs f32[S] and support_logprobs f32[S, k + K] are the current model's, of the support's k tokens and of the K
+    that the teacher named. The weights of the RL and OPD terms are already inside the advantages (every form of the
+    surrogate is positively homogeneous in them) and the teacher's weights.
     """
     policy = _policy_term(logprobs, targets, learning)
-    distillation = clipped_policy_loss(
+    support_logprobs, named_logprobs = support_logprobs.tensor_split([targets.support_valid.shape[1]], dim=1)
+    surrogate = clipped_policy_loss(
         support_logprobs,
         targets.support_behaviour_logprobs,
         targets.support_advantages,
         targets.weights[:, None] * targets.support_valid,
         clip=learning.clip,
+        cap=learning.importance_cap,
     )
+    distillation = Loss(surrogate.value + _teacher_term(logprobs, named_logprobs, targets, learning), surrogate.clipped)
     reference_weights = targets.weights * targets.has_reference
     # Unreferenced tokens are compared with themselves: 0 with a zero gradient, whatever their log-probability.
     reference = torch.where(targets.has_reference, targets.reference_logprobs, logprobs.detach())
@@ -179,10 +214,24 @@ def _policy_term(logprobs: Tensor, targets: Targets, learning: LearningSection) 
     proximal = proximal_logprobs(logprobs, targets.behaviour_logprobs, targets.fresh)
     importance = importance_weights(proximal, targets.behaviour_logprobs, learning.importance_cap)
     arguments = (logprobs, proximal, targets.advantages, targets.weights)
+    if learning.policy_loss == "cispo":  # its clip bounds every ratio
+        return weighted_policy_loss(*arguments, clip=learning.clip, importance=importance)
+    cap = learning.importance_cap
     if learning.policy_loss == "gspo":
-        return sequence_policy_loss(*arguments, targets.segments, clip=learning.clip, importance=importance)
-    form = weighted_policy_loss if learning.policy_loss == "cispo" else clipped_policy_loss
-    return form(*arguments, clip=learning.clip, importance=importance)
+        return sequence_policy_loss(*arguments, targets.segments, clip=learning.clip, cap=cap, importance=importance)
+    return clipped_policy_loss(*arguments, clip=learning.clip, cap=cap, importance=importance)
+
+
+def _teacher_term(logprobs: Tensor, named_logprobs: Tensor, targets: Targets, learning: LearningSection) -> Tensor:
+    """The divergence from the teacher, summed. A prefix that another policy sampled counts by its last token's ratio,
+    truncated: the one that lag and mismatch are seen by.
+    """
+    if named_logprobs.shape[1] == 0:
+        return named_logprobs.sum()
+    importance = importance_weights(logprobs, targets.behaviour_logprobs, learning.importance_cap)
+    return (
+        reverse_kl(named_logprobs, targets.teacher_logprobs) * importance * targets.weights * targets.teacher_weights
+    ).sum()
 
 
 TALLIED = ("clip_fraction", "opd_clip_fraction", "approx_kl", "entropy", "mismatch", "kl")

@@ -9,8 +9,8 @@ from __future__ import annotations
 from sqlalchemy import Connection, text
 
 _DIALECT = {
-    "sqlite": {"seq": "seq INTEGER PRIMARY KEY AUTOINCREMENT NOT NULL", "whole": "INTEGER"},
-    "postgresql": {"seq": "seq BIGSERIAL PRIMARY KEY", "whole": "BIGINT"},
+    "sqlite": {"seq": "seq INTEGER PRIMARY KEY AUTOINCREMENT NOT NULL", "whole": "INTEGER", "blob": "BLOB"},
+    "postgresql": {"seq": "seq BIGSERIAL PRIMARY KEY", "whole": "BIGINT", "blob": "BYTEA"},
 }
 
 _TO_2 = [  # what tells a repeated request; held-out samples; pins, gate, consent and erasure; what waits
@@ -91,7 +91,11 @@ _TO_5 = [  # environments: how attempts ended, and groups of them
 
 _TO_6 = ["ALTER TABLE comparisons ADD COLUMN reward DOUBLE PRECISION"]  # what steps were worth, votes included
 
-STEPS: dict[int, list[str]] = {1: _TO_2, 2: _TO_3, 3: _TO_4, 4: _TO_5, 5: _TO_6}
+_TO_7 = [  # the teacher's likeliest tokens, as the divergence from it needs them
+    f"ALTER TABLE samples ADD COLUMN teacher_top_{field} {{blob}}" for field in ("ids", "logprobs", "weights")
+]
+
+STEPS: dict[int, list[str]] = {1: _TO_2, 2: _TO_3, 3: _TO_4, 4: _TO_5, 5: _TO_6, 6: _TO_7}
 """Statements that lead from a schema to the next."""
 
 

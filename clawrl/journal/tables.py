@@ -50,7 +50,7 @@ from clawrl.types import (
     WeightVersion,
 )
 
-SCHEMA = 6
+SCHEMA = 7
 """Number of the layout below. A change to a table raises it and adds the step that brings an older journal here."""
 
 METADATA = MetaData()

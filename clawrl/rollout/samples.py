@@ -1,36 +1,35 @@
-"""From a judged turn to a sample: which terms it has, and their targets at every reply position. Pure numpy.
+"""From a judged turn to a sample: whether it trains, and its method's targets laid over prompt and reply. Pure numpy.
 
-Knows records and the learning section; the mathematics is in `algorithms`. Ignores Ray, the journal and who judged.
+Knows records and the learning section; what a turn is trained towards is a method's (`algorithms.methods`). Ignores
+Ray, the journal and who judged.
 
-    Turn + Judgement + baseline ──────────► advantages       (rl, hybrid)    rl_weight folded in
-    Turn + teacher Scores per hint ───────► distillation     (opd, hybrid)   opd_weight folded in
-    Turn + reference Scores ──────────────► reference log-probabilities      (beside one of the above only)
-    Turn of an environment + its attempt's advantage ─────────────► advantages, whatever the method
-
-Folding is exact: the clipped surrogate is positively homogeneous in the advantage, w·f(A) = f(w·A) for w >= 0.
+    Turn + Judgement + baseline + teacher Scores per hint ─► method ─► targets of the reply ─┐
+    Turn of an environment + its attempt's advantage, whatever the method ─► advantages ─────┼─► Sample
+    Turn + reference Scores ──────────────────────────► reference log-probabilities ─────────┘   (beside a target only)
 
 Which turns train. A reply that the model ended itself (`stop`, `tool_calls`) and one that reached its token limit
 (`length`): the person saw it cut off, what they said next is about that reply, and teaching it to be shorter is part
 of the lesson; leaving such replies out would shield the longest ones from every reward (DAPO's overlong filtering is
 for verifiers that cannot read a cut answer; the judge can). A reply cut off by its client (`abort`) or by a failure is
-not what the model would have said, and does not train. An absent term stays absent: no score, no advantage; no hint or
-no teacher, no distillation; neither, no sample.
+not what the model would have said, and does not train. Neither does a turn whose method has no target for it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import TypeVar
 
 import numpy as np
 
-from clawrl.algorithms.advantages import score_advantages, token_distillation, topk_distillation
-from clawrl.algorithms.hints import select_hint
+from clawrl.algorithms.advantages import score_advantages
+from clawrl.algorithms.methods import Evidence, TokenTargets, distils, is_own, rewards, targets_of
 from clawrl.config import LearningSection
 from clawrl.errors import JudgeError
-from clawrl.types import Capture, Distillation, Judgement, Sample, Scores, Turn
+from clawrl.types import Distillation, Judgement, Sample, Scores, TeacherTop, Turn
+
+_Target = TypeVar("_Target", Distillation, TeacherTop)
 
 TRAINED_ENDINGS = frozenset({"stop", "length", "tool_calls", "function_call"})
 
@@ -46,17 +45,14 @@ def build_sample(
     """The turn's sample over P + T tokens, or None if no term is left to learn from.
 
     `teacher` holds the reply's scores under each hint used, in the judgement's order (None: that one failed);
-    `baseline` is the user's running mean before this turn (0 where there is none).
+    `baseline` is the user's running mean before this turn (0 where there is none). Raises MethodError where the
+    method is a user's function and fails.
     """
-    capture = turn.capture
     if not trains(turn):
         return None
-    known = np.isfinite(capture.logprobs)  # a token whose behaviour log-probability is missing has no ratio
-    advantages = _advantages(judgement, baseline, known, learning)
-    distillation = _distillation(turn, [scores for scores in teacher if scores is not None], known, learning)
-    if advantages is None and distillation is None:
-        return None
-    return _sample(turn, advantages, distillation, reference, learning, judgement.at)
+    scores = tuple(each for each in teacher if each is not None)
+    targets = targets_of(Evidence(turn, judgement, scores, reference, baseline, learning))
+    return None if targets is None else _sample(turn, targets, reference, learning, judgement.at)
 
 
 def outcome_sample(
@@ -65,24 +61,20 @@ def outcome_sample(
     """The sample of an environment's turn, every reply token worth its attempt's advantage; None if it cannot train."""
     if not trains(turn):
         return None
-    known = np.isfinite(turn.capture.logprobs)
-    advantages = np.where(known, score_advantages(advantage, len(known)), 0).astype(np.float32)
-    return _sample(turn, advantages, None, reference, learning, at)
+    advantages = score_advantages(advantage, len(turn.capture.completion_ids))
+    return _sample(turn, TokenTargets(advantages), reference, learning, at)
 
 
 def _sample(
-    turn: Turn,
-    advantages: np.ndarray | None,
-    distillation: Distillation | None,
-    reference: Scores | None,
-    learning: LearningSection,
-    at: float,
-) -> Sample:
-    """Targets of the reply's T tokens -> a sample over all P + T."""
-    capture = turn.capture
-    known = np.isfinite(capture.logprobs)
-    num_prompt = len(capture.prompt_ids)
+    turn: Turn, targets: TokenTargets, reference: Scores | None, learning: LearningSection, at: float
+) -> Sample | None:
+    """Targets of the reply's T tokens -> a sample over all P + T, or None if there is no target."""
+    if targets.advantages is None and targets.distillation is None and targets.teacher_top is None:
+        return None
+    capture, num_prompt = turn.capture, len(turn.capture.prompt_ids)
+    known = np.isfinite(capture.logprobs)  # a token whose behaviour log-probability is missing has no ratio
     reference = reference if learning.kl_weight > 0 else None
+    advantages = targets.advantages
     return Sample(
         id=turn.id,
         user=turn.user,
@@ -90,13 +82,16 @@ def _sample(
         token_ids=np.concatenate([capture.prompt_ids, capture.completion_ids]).astype(np.int32),
         loss_mask=_after_prompt(known, num_prompt),
         logprobs=_after_prompt(np.where(known, capture.logprobs, 0).astype(np.float32), num_prompt),
-        advantages=None if advantages is None else _after_prompt(advantages, num_prompt),
-        distillation=None if distillation is None else _spread(distillation, num_prompt),
-        reference_logprobs=_after_prompt(reference.logprobs, num_prompt) if reference is not None else None,
+        advantages=None
+        if advantages is None
+        else _after_prompt(np.where(known, advantages, 0).astype(np.float32), num_prompt),
+        distillation=_spread(targets.distillation, num_prompt),
+        reference_logprobs=None if reference is None else _after_prompt(reference.logprobs, num_prompt),
         oldest_version=min(span.version for span in capture.versions),
         newest_version=max(span.version for span in capture.versions),
         weight=1.0,
         at=at,
+        teacher_top=_spread(targets.teacher_top, num_prompt),
     )
 
 
@@ -114,11 +109,12 @@ def trains(turn: Turn) -> bool:
 
 def needs_scores(turn: Turn, judgement: Judgement, learning: LearningSection) -> tuple[bool, bool]:
     """Whether the turn's sample can use a teacher's scores (one per hint), and the reference's."""
-    teach = trains(turn) and _distils(learning) and bool(judgement.hints)
-    rewarded = trains(turn) and _rewards(learning) and judgement.score is not None
+    teach = trains(turn) and distils(learning) and bool(judgement.hints)
+    rewarded = trains(turn) and rewards(learning) and judgement.score is not None
     if learning.baseline == "none" and judgement.score == 0:
         rewarded = False
-    return teach, learning.kl_weight > 0 and (teach or rewarded)
+    own = trains(turn) and is_own(learning)  # which may learn from any turn
+    return teach, learning.kl_weight > 0 and (teach or rewarded or own)
 
 
 def require_complete(scores: Scores, turn: Turn) -> None:
@@ -130,74 +126,14 @@ def require_complete(scores: Scores, turn: Turn) -> None:
         raise JudgeError(f"turn {turn.id}: a scored log-probability is not a finite number")
 
 
-def _rewards(learning: LearningSection) -> bool:
-    return learning.method != "opd" and learning.rl_weight > 0
-
-
-def _distils(learning: LearningSection) -> bool:
-    return learning.method != "rl" and learning.opd_weight > 0
-
-
-def _advantages(
-    judgement: Judgement, baseline: float, known: np.ndarray, learning: LearningSection
-) -> np.ndarray | None:
-    """f32[T], or None without a score or where it says nothing (a neutral turn without a baseline)."""
-    if not _rewards(learning) or judgement.score is None:
-        return None
-    advantage = judgement.score - (baseline if learning.baseline == "ema" else 0.0)
-    if advantage == 0:
-        return None
-    return np.where(known, score_advantages(learning.rl_weight * advantage, len(known)), 0).astype(np.float32)
-
-
-def _distillation(
-    turn: Turn, teacher: list[Scores], known: np.ndarray, learning: LearningSection
-) -> Distillation | None:
-    """Targets [T, k] under the hints selected, or None without a teacher or where it agrees with the reply."""
-    if not _distils(learning) or not teacher:
-        return None
-    capture = turn.capture
-    scores = _selected(turn, teacher, learning)
-    if learning.distillation == "token":
-        target = token_distillation(capture.completion_ids, capture.logprobs, scores, learning.difference_clip)
-    else:
-        support, logprobs = _support(capture, learning.support)
-        target = topk_distillation(capture.completion_ids, support, logprobs, scores, learning.difference_clip)
-    valid = target.valid & known[:, None]
-    advantages = np.where(valid, learning.opd_weight * target.advantages, 0).astype(np.float32)
-    if not advantages.any():
-        return None
-    return replace(target, advantages=advantages, valid=valid)
-
-
-def _selected(turn: Turn, teacher: list[Scores], learning: LearningSection) -> Scores:
-    """The teacher's scores, position by position, under the hint that the rule selects there."""
-    support, _ = _support(turn.capture, learning.support)
-    rng = np.random.default_rng(zlib.crc32(turn.id.encode()))  # the same turn chooses alike after a restart
-    chosen = select_hint(support, [scores.top_ids for scores in teacher], learning.hint_rule, rng)
-    positions = np.arange(len(chosen))
-    return Scores(
-        logprobs=np.stack([scores.logprobs for scores in teacher])[chosen, positions],
-        top_ids=np.stack([scores.top_ids for scores in teacher])[chosen, positions],
-        top_logprobs=np.stack([scores.top_logprobs for scores in teacher])[chosen, positions],
-        version=max(scores.version for scores in teacher),
-    )
-
-
-def _support(capture: Capture, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The student's k likeliest tokens i32[T, k] and their log-probabilities f32[T, k], of those captured."""
-    return capture.top_ids[:, :k], capture.top_logprobs[:, :k]
-
-
 def _after_prompt(reply: np.ndarray, num_prompt: int) -> np.ndarray:
     """[T, ...] -> [P + T, ...]: zeros (or false) over the prompt, where nothing is learnt."""
     return np.concatenate([np.zeros((num_prompt, *reply.shape[1:]), reply.dtype), reply])
 
 
-def _spread(target: Distillation, num_prompt: int) -> Distillation:
-    return Distillation(
-        support=_after_prompt(target.support, num_prompt),
-        behaviour_logprobs=_after_prompt(target.behaviour_logprobs, num_prompt),
-        advantages=_after_prompt(target.advantages, num_prompt),
-        valid=_after_prompt(target.valid, num_prompt),
-    )
+def _spread(target: _Target | None, num_prompt: int) -> _Target | None:
+    """The same target, of which every array is by token, over prompt and reply."""
+    if target is None:
+        return None
+    arrays = {each.name: _after_prompt(getattr(target, each.name), num_prompt) for each in fields(target)}
+    return replace(target, **arrays)

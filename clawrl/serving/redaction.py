@@ -10,15 +10,13 @@ trains, and neither do the later turns of its conversation, whose prompts hold i
 
 from __future__ import annotations
 
-import importlib
 import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from clawrl.config import PrivacySection
-from clawrl.errors import ConfigError
+from clawrl.config import PrivacySection, load_function
 from clawrl.types import NOT_KEPT, Feedback, NextState, Turn
 
 log = logging.getLogger(__name__)
@@ -73,7 +71,7 @@ class Redactor:
 
     def __init__(self, settings: PrivacySection) -> None:
         self._patterns = DEFAULT if settings.redact == "default" else tuple(_pattern(x, x, "") for x in settings.redact)
-        self._function = _function(settings.redactor) if settings.redactor is not None else None
+        self._function = None if settings.redactor is None else load_function("privacy.redactor", settings.redactor)
 
     def record(self, record: _Record) -> _Record:
         """A turn, next state or feedback without what must not be written; digests stay those of the original."""
@@ -115,18 +113,3 @@ class Redactor:
             log.error("event=redactor_failed returned=%s remedy='return text'", type(cleaned).__name__)
             return REDACTED
         return cleaned
-
-
-def _function(path: str) -> Callable[[str], str]:
-    """The function a dotted path `package.module:name` names."""
-    module, _, name = path.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except Exception as error:
-        raise ConfigError(
-            f"privacy.redactor={path!r} cannot be imported ({type(error).__name__}: {error}); "
-            "name a function of an importable module as package.module:function"
-        ) from error
-    if not callable(function):
-        raise ConfigError(f"privacy.redactor={path!r} is no function; it takes a text and returns it redacted")
-    return function  # type: ignore[return-value]

@@ -38,10 +38,12 @@ class PackedRow:
     has_reference: np.ndarray  # bool[S]
     fresh: np.ndarray  # bool[S]: sampled under the weights the step starts from
     weights: np.ndarray  # f32[S]; sums to 1 over the rows of all ranks, unless normalised by a constant
-    support: np.ndarray  # i64[S, k]
+    support: np.ndarray  # i64[S, k + K]: tokens of the distillation target, then those that the teacher named
     support_behaviour_logprobs: np.ndarray  # f32[S, k]
     support_advantages: np.ndarray  # f32[S, k]
     support_valid: np.ndarray  # bool[S, k]
+    teacher_logprobs: np.ndarray  # f32[S, K], -inf where no token was named
+    teacher_weights: np.ndarray  # f32[S]; 0 where there is no divergence from a teacher
 
 
 def pack(
@@ -61,9 +63,12 @@ def pack(
     if not samples:
         raise ValueError("pack got no sample; an empty batch has nothing to train on")
     weights = _token_weights(samples, normalise, normalise_length)
-    width = max((sample.distillation.support.shape[1] for sample in samples if sample.distillation), default=0)
+    widths = (
+        max((sample.distillation.support.shape[1] for sample in samples if sample.distillation), default=0),
+        max((sample.teacher_top.ids.shape[1] for sample in samples if sample.teacher_top), default=0),
+    )
     return [
-        [_row([samples[i] for i in chosen], [weights[i] for i in chosen], width, version) for chosen in rows]
+        [_row([samples[i] for i in chosen], [weights[i] for i in chosen], widths, version) for chosen in rows]
         for rows in assign(samples, world=world, pack_tokens=pack_tokens)
     ]
 
@@ -82,8 +87,8 @@ def assign(samples: Sequence[Sample], *, world: int, pack_tokens: int) -> list[l
 
 def row_to_score(samples: Sequence[Sample]) -> PackedRow:
     """A row whose scored positions are those of `samples`, in their order, for a forward pass without a loss."""
-    bare = [replace(sample, distillation=None) for sample in samples]
-    return _row(bare, [1.0] * len(bare), 0, None)
+    bare = [replace(sample, distillation=None, teacher_top=None) for sample in samples]
+    return _row(bare, [1.0] * len(bare), (0, 0), None)
 
 
 def balance(lengths: Sequence[int], *, world: int, capacity: int) -> list[list[int]]:
@@ -117,6 +122,9 @@ def trainable(sample: Sample) -> bool:
     if target := sample.distillation:
         valid = target.valid[scored + 1]
         numbers += [array[scored + 1][valid] for array in (target.behaviour_logprobs, target.advantages)]
+    if top := sample.teacher_top:
+        weights = top.weights[scored + 1]
+        numbers += [weights, np.exp(top.logprobs[scored + 1][weights > 0])]  # -inf is as good as a number here
     finite = all(bool(np.isfinite(array).all()) for array in numbers)
     return len(scored) > 0 and finite and bool(np.isfinite(sample.weight)) and sample.weight > 0
 
@@ -152,10 +160,15 @@ def _token_weights(samples: Sequence[Sample], normalise: Normalisation, constant
     return weights
 
 
-def _row(samples: Sequence[Sample], weights: Sequence[float], width: int, version: int | None) -> PackedRow:
-    """Lay `samples` end to end; none at all gives the row of weight zero that keeps a rank in step."""
+def _row(
+    samples: Sequence[Sample], weights: Sequence[float], widths: tuple[int, int], version: int | None
+) -> PackedRow:
+    """Lay `samples` end to end; none at all gives the row of weight zero that keeps a rank in step.
+
+    `widths` are k and K, those of the widest sample of the batch.
+    """
     if not samples:
-        return _idle_row(width)
+        return _idle_row(widths)
     bounds = np.concatenate([[0], np.cumsum([len(sample.token_ids) for sample in samples])])
     scored = [scored_positions(sample) for sample in samples]
 
@@ -171,7 +184,8 @@ def _row(samples: Sequence[Sample], weights: Sequence[float], width: int, versio
 
     token_ids = np.concatenate([sample.token_ids for sample in samples]).astype(np.int64)
     positions = np.concatenate([at + start for at, start in zip(scored, bounds[:-1], strict=True)]).astype(np.int64)
-    support = [_support(sample, at, width) for sample, at in zip(samples, scored, strict=True)]
+    support = [_support(sample, at, widths[0]) for sample, at in zip(samples, scored, strict=True)]
+    named = [_named(sample, at, widths[1]) for sample, at in zip(samples, scored, strict=True)]
     return PackedRow(
         token_ids=token_ids,
         position_ids=np.concatenate([np.arange(len(sample.token_ids)) for sample in samples]),
@@ -185,10 +199,14 @@ def _row(samples: Sequence[Sample], weights: Sequence[float], width: int, versio
         has_reference=each([sample.reference_logprobs is not None for sample in samples], np.bool_),
         fresh=each([sample.oldest_version == sample.newest_version == version for sample in samples], np.bool_),
         weights=each(weights, np.float32),
-        support=np.concatenate([part[0] for part in support]),
+        support=np.concatenate(
+            [np.concatenate([own[0], named[0]], axis=1) for own, named in zip(support, named, strict=True)]
+        ),
         support_behaviour_logprobs=np.concatenate([part[1] for part in support]),
         support_advantages=np.concatenate([part[2] for part in support]),
         support_valid=np.concatenate([part[3] for part in support]),
+        teacher_logprobs=np.concatenate([part[1] for part in named]),
+        teacher_weights=np.concatenate([part[2] for part in named]),
     )
 
 
@@ -206,14 +224,27 @@ def _support(sample: Sample, scored: np.ndarray, width: int) -> tuple[np.ndarray
     return ids, logprobs, advantages, valid
 
 
-def _idle_row(width: int) -> PackedRow:
+def _named(sample: Sample, scored: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A sample's teacher at its scored positions: tokens and log-probabilities, widened to [S, width], and weights."""
+    shape = (len(scored), width)
+    ids, logprobs = np.zeros(shape, np.int64), np.full(shape, -np.inf, np.float32)
+    weights = np.zeros(len(scored), np.float32)
+    if top := sample.teacher_top:
+        own = top.ids.shape[1]
+        ids[:, :own], logprobs[:, :own] = top.ids[scored + 1], top.logprobs[scored + 1]
+        weights[:] = top.weights[scored + 1]
+    return ids, logprobs, weights
+
+
+def _idle_row(widths: tuple[int, int]) -> PackedRow:
     """Two tokens, one of them scored with weight zero: enough for every collective of a step to happen."""
     one, none = np.zeros(1, np.float32), np.zeros(1, np.bool_)
-    ids = np.zeros((1, width), np.int64)
-    flat, invalid = np.zeros((1, width), np.float32), np.zeros((1, width), np.bool_)
+    (k, named), none_named = widths, np.full((1, widths[1]), -np.inf, np.float32)
+    flat, invalid = np.zeros((1, k), np.float32), np.zeros((1, k), np.bool_)
     return PackedRow(
         token_ids=np.zeros(2, np.int64), position_ids=np.arange(2), bounds=(0, 2), segments=np.zeros(1, np.int64),
         positions=np.zeros(1, np.int64), targets=np.zeros(1, np.int64),
         behaviour_logprobs=one, advantages=one, reference_logprobs=one, has_reference=none, fresh=none, weights=one,
-        support=ids, support_behaviour_logprobs=flat, support_advantages=flat, support_valid=invalid,
+        support=np.zeros((1, k + named), np.int64), support_behaviour_logprobs=flat, support_advantages=flat,
+        support_valid=invalid, teacher_logprobs=none_named, teacher_weights=one,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from handles import answer, is_pending
 
 from clawrl.config import BufferSection
 from clawrl.journal.actor import Journal
-from clawrl.training.buffer import CLOSED, ReplayBuffer
+from clawrl.training.buffer import CLOSED, ReplayBuffer, shares
 from clawrl.types import Sample, VersionEvent, WeightVersion
 
 pytestmark = pytest.mark.cluster
@@ -85,7 +85,14 @@ def test_a_batch_comes_when_it_is_full_and_the_surplus_stays(journal, start):
     taking = buffer.take.remote(1, PATIENCE_S)
     append(journal, "defghi")
     assert "".join(found.id for found in answer(taking).samples) == "abcd"
-    assert stats(buffer, size=5) == {"size": 5, "leased": 4, "dropped": 0, "oldest_version": 0}
+    assert stats(buffer, size=5) == {
+        "size": 5,
+        "offline": 0,
+        "leased": 4,
+        "replayed": 0,
+        "dropped": 0,
+        "oldest_version": 0,
+    }
     record(journal, 1, "abcd")
     answer(buffer.release.remote(1))
     assert take(buffer, 2) == "efgh"
@@ -149,13 +156,72 @@ def test_stale_samples_are_dropped_and_counted(journal, start):
     append(journal, "def", version=1)
     stats(buffer, size=6)
     answer(buffer.advance.remote([2, 1, 0]))
-    assert stats(buffer) == {"size": 6, "leased": 0, "dropped": 0, "oldest_version": 0}
+    assert stats(buffer) == {"size": 6, "offline": 0, "leased": 0, "replayed": 0, "dropped": 0, "oldest_version": 0}
     answer(buffer.advance.remote([3, 2, 1, 0]))
-    assert stats(buffer) == {"size": 3, "leased": 0, "dropped": 3, "oldest_version": 1}
+    assert stats(buffer) == {"size": 3, "offline": 0, "leased": 0, "replayed": 0, "dropped": 3, "oldest_version": 1}
     append(journal, "gh", version=0)
     append(journal, "i", version=3)
     assert take(buffer, 4) == "defi"
-    assert stats(buffer) == {"size": 0, "leased": 4, "dropped": 5, "oldest_version": None}
+    assert stats(buffer) == {"size": 0, "offline": 0, "leased": 4, "replayed": 0, "dropped": 5, "oldest_version": None}
+
+
+@pytest.mark.parametrize(
+    ("waiting", "offline", "size", "fraction", "expected"),
+    [
+        (9, 9, 8, 0.0, (8, 0)),
+        (9, 9, 8, 0.25, (6, 2)),
+        (9, 1, 8, 0.25, (7, 1)),
+        (9, 0, 8, 0.25, (8, 0)),
+        (3, 9, 8, 0.25, (3, 1)),  # a quarter of four, where no more than three wait
+        (2, 9, 8, 0.25, (2, 0)),
+        (0, 9, 8, 0.5, (0, 0)),
+        (4, 9, 5, 0.2, (4, 1)),
+        (9, 9, 10, 0.99, (1, 9)),
+        (99, 99, 100, 0.29, (71, 29)),
+    ],
+)
+def test_offline_samples_are_at_most_their_share(waiting, offline, size, fraction, expected):
+    found = shares(waiting, offline, BufferSection(batch_size=size, replay_fraction=fraction))
+    assert found == expected
+    assert found[1] <= fraction * sum(found) + 1e-9
+
+
+def test_stale_samples_are_replayed_newest_first_and_once(journal, start):
+    buffer = start(batch_size=4, replay_fraction=0.25, replay_size=2, min_batch=1, max_wait_s=3600.0)
+    append(journal, "abcd", version=1)
+    stats(buffer, size=4)
+    append(journal, "e", version=2)
+    stats(buffer, size=5)
+    answer(buffer.advance.remote([5, 4, 3, 2, 1, 0]))
+    stats(buffer, size=0, offline=2, dropped=3)  # d and e are the newest
+    append(journal, "fgh", version=5)
+    assert take(buffer, 6) == "fghe"
+    record(journal, 6, "fghe")
+    answer(buffer.release.remote(6))
+    append(journal, "ijk", version=5)
+    assert take(buffer, 7) == "ijkd"
+    record(journal, 7, "ijkd")
+    answer(buffer.release.remote(7))
+    append(journal, "lmn", version=5)
+    assert take(buffer, 8, timeout_s=1.0) is None
+    stats(buffer, size=3, offline=0, replayed=2, dropped=3)
+
+
+@pytest.mark.processes
+def test_a_killed_buffer_replays_the_same_samples_for_the_same_step(journal, start):
+    record(journal, 0, "")
+    for number in range(1, 6):
+        record(journal, number, "")
+    append(journal, "ab", version=1)
+    append(journal, "fgh", version=5)
+    buffer = start(batch_size=4, replay_fraction=0.25)
+    stats(buffer, size=3, offline=2)
+    assert take(buffer, 6) == "fghb"
+    kill_9(buffer)
+    assert take(buffer, 6) == "fghb"
+    record(journal, 6, "fghb")
+    append(journal, "ijk", version=5)
+    assert take(buffer, 7) == "ijka"
 
 
 def test_a_lease_outlives_its_age(journal, start):
@@ -182,7 +248,14 @@ def test_a_rollback_makes_no_sample_older_and_the_refused_batch_comes_again(jour
     assert take(buffer, 9) == "abcd"
     answer(journal.record_version.remote(WeightVersion(9, 3, "full", None, tuple("abcd"), {}, 6.0), None))
     answer([buffer.release.remote(9), buffer.advance.remote([9, 3, 2, 1, 0])])
-    assert stats(buffer) == {"size": 4, "leased": 0, "dropped": 0, "oldest_version": 3}  # 3 is one step ago, not six
+    assert stats(buffer) == {
+        "size": 4,
+        "offline": 0,
+        "leased": 0,
+        "replayed": 0,
+        "dropped": 0,
+        "oldest_version": 3,
+    }  # 3 is one step ago, not six
     answer(buffer.advance.remote([10, 9, 3, 2, 1, 0]))
     assert stats(buffer)["dropped"] == 4
 
@@ -194,7 +267,7 @@ def test_cold_start_reads_what_no_version_consumed(journal, start):
         record(journal, number, ids)
     buffer = start(max_lag=2)
     assert take(buffer, 4) == "ijkl"  # d to h are three versions old
-    assert stats(buffer) == {"size": 0, "leased": 4, "dropped": 5, "oldest_version": None}
+    assert stats(buffer) == {"size": 0, "offline": 0, "leased": 4, "replayed": 0, "dropped": 5, "oldest_version": None}
 
 
 @pytest.mark.processes

@@ -14,6 +14,7 @@ import ray
 from handles import answer
 from ray.exceptions import RayActorError
 
+from clawrl.algorithms.methods import Evidence, TokenTargets
 from clawrl.config import JudgeSection, LearningSection
 from clawrl.journal.actor import Journal
 from clawrl.rollout.collector import Collector
@@ -119,6 +120,30 @@ def test_what_cannot_teach_makes_a_judgement_only(actors, tmp_path):
     assert house.stats()["skipped"] == 2
     counts = answer(house.journal.counts.remote())
     assert (counts["abstentions"], counts["samples"]) == (1, 1)
+
+
+def moody(evidence: Evidence) -> TokenTargets:
+    """A user's method that cannot take a turn that was refused."""
+    score = evidence.judgement.score
+    if score == -1:
+        raise KeyError("refused")
+    return TokenTargets(advantages=np.full(len(evidence.turn.capture.completion_ids), 3.0))
+
+
+def test_a_users_method_that_fails_drops_only_that_turns_sample(actors, tmp_path, caplog):
+    house = House(actors, tmp_path)
+    house.collect(LearningSection(method="test_collector:moody"))
+    for script in ("+1", "-1", "0"):
+        house.say(script)
+    house.wait(3)
+    assert {id: rewards(sample) for id, sample in house.samples().items()} == {
+        house.turns[0].id: 3.0,
+        house.turns[2].id: 3.0,
+    }
+    assert house.stats()["build_failures"] == 1
+    assert (
+        f"learning.method='test_collector:moody' failed on turn {house.turns[1].id}: KeyError: 'refused'" in caplog.text
+    )
 
 
 def test_samples_do_not_depend_on_which_judgement_was_quicker(actors, tmp_path):

@@ -5,6 +5,7 @@ import pytest
 
 from clawrl.algorithms.advantages import (
     RunningBaseline,
+    distillation_support,
     score_advantages,
     step_advantages,
     step_reward,
@@ -12,7 +13,7 @@ from clawrl.algorithms.advantages import (
     token_distillation,
     topk_distillation,
 )
-from clawrl.types import Scores
+from clawrl.types import Capture, Scores, VersionSpan
 
 
 def scores(logprobs, top_ids, top_logprobs) -> Scores:
@@ -138,6 +139,54 @@ def test_topk_agrees_with_a_loop_over_random_distributions():
                 assert target.valid[i, j]
             if target.valid[i, j]:  # a bounded entry must equal the truth too
                 assert target.advantages[i, j] == pytest.approx(difference * weights[j], abs=1e-5)
+
+
+# Two positions; the student named 3, 4, 5 at both and sampled 4, then 9, which is none of its likeliest.
+CAPTURE = Capture(
+    prompt_ids=np.array([1], np.int32),
+    completion_ids=np.array([4, 9], np.int32),
+    logprobs=np.log(np.array([0.2, 0.01], np.float32)),
+    top_ids=np.array([[3, 4, 5], [3, 4, 5]], np.int32),
+    top_logprobs=np.log(np.array([[0.6, 0.2, 0.1], [0.5, 0.3, 0.1]], np.float32)),
+    versions=(VersionSpan(0, 0, 2),),
+)
+LIKELIEST = scores(np.log([0.3, 0.4]), [[5, 7, 4], [9, 8, 3]], np.log([[0.5, 0.3, 0.1], [0.4, 0.3, 0.2]]))
+
+
+def test_the_teachers_support_is_known_where_the_student_named_or_sampled_it():
+    support, old = distillation_support("teacher", 2, CAPTURE, LIKELIEST)
+    np.testing.assert_array_equal(support, [[5, 7], [9, 8]])
+    np.testing.assert_allclose(old, np.log([[0.1, np.nan], [0.01, np.nan]]), rtol=1e-6)  # 5 by name, 9 as sampled
+    target = topk_distillation(CAPTURE.completion_ids, support, old, LIKELIEST, 2.0)
+    np.testing.assert_array_equal(target.valid, [[True, False], [True, False]])
+    # Alone in what is known, each weighs 1: D = log(.5 / .1), and log(.4 / .01) cut to 2.
+    np.testing.assert_allclose(target.advantages, [[np.log(5), 0], [2, 0]], rtol=1e-6)
+    assert np.isfinite(target.behaviour_logprobs).all()
+
+
+def test_the_teachers_support_shares_weight_among_what_is_known():
+    support, old = distillation_support("teacher", 3, CAPTURE, LIKELIEST)
+    target = topk_distillation(CAPTURE.completion_ids, support, old, LIKELIEST, 2.0)
+    np.testing.assert_array_equal(target.valid, [[True, False, True], [True, False, True]])
+    # 5: log(.5/.1)·(.1/.3), 4: log(.3/.2)·(.2/.3), of which the teacher says .3 as sampled; 3: log(.2/.5)·(.5/.51).
+    expected = [[np.log(5) / 3, 0, np.log(1.5) * 2 / 3], [2 * 0.01 / 0.51, 0, np.log(0.4) * 0.5 / 0.51]]
+    np.testing.assert_allclose(target.advantages, expected, rtol=1e-5)
+
+
+def test_the_overlap_is_what_both_name():
+    teacher = scores([np.log(0.5), -1], [[4, 7], [8, 9]], np.log([[0.5, 0.3]] * 2))
+    support, old = distillation_support("overlap", 2, CAPTURE, teacher)
+    np.testing.assert_array_equal(support, [[3, 4], [3, 4]])
+    np.testing.assert_allclose(old, np.log([[np.nan, 0.2], [np.nan, np.nan]]), rtol=1e-6)
+    target = topk_distillation(CAPTURE.completion_ids, support, old, teacher, 2.0)
+    np.testing.assert_array_equal(target.valid, [[False, True], [False, False]])  # and nothing where nothing is shared
+    np.testing.assert_allclose(target.advantages, [[0, np.log(2.5)], [0, 0]], rtol=1e-6)
+
+
+def test_the_students_support_is_what_it_named():
+    support, old = distillation_support("student", 2, CAPTURE, LIKELIEST)
+    np.testing.assert_array_equal(support, CAPTURE.top_ids[:, :2])
+    np.testing.assert_array_equal(old, CAPTURE.top_logprobs[:, :2])
 
 
 def test_a_teacher_of_another_reply_is_refused():

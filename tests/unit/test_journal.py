@@ -27,6 +27,7 @@ from clawrl.types import (
     Sample,
     Scores,
     Swap,
+    TeacherTop,
     Turn,
     VersionEvent,
     VersionSpan,
@@ -157,10 +158,11 @@ class TestRoundTrips:
         full = sample(
             "full", advantages=np.ones(3, np.float32), distillation=target, reference_logprobs=np.ones(3, np.float32)
         )
-        store.append(sample("bare"), full)
-        [(_, bare), (_, found)] = store.samples_to_train(0, 10)
-        assert_same(bare, sample("bare"))
-        assert_same(found, full)
+        top = TeacherTop(np.zeros((3, 2), np.int32), np.array([[-1, -np.inf]] * 3, np.float32), np.ones(3, np.float32))
+        taught = sample("taught", teacher_top=top)
+        store.append(sample("bare"), full, taught)
+        for (_, found), original in zip(store.samples_to_train(0, 10), (sample("bare"), full, taught), strict=True):
+            assert_same(found, original)
 
     def test_versions_events_and_swaps(self, store):
         first = WeightVersion(0, None, "full", None, (), {}, 1.0)

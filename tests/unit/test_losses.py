@@ -12,7 +12,9 @@ from clawrl.algorithms.losses import (
     clipped_policy_loss,
     importance_weights,
     k3_divergence,
+    log_tail,
     proximal_logprobs,
+    reverse_kl,
     tallied_means,
     tally,
     total_loss,
@@ -54,6 +56,17 @@ def test_support_entries_are_summed_as_in_the_paper():
     assert loss.value.item() == pytest.approx(by_hand)
 
 
+def test_a_ratio_above_the_cap_counts_as_the_cap():
+    """What the clip leaves unbounded: a token of an older policy that has become likelier, and was bad."""
+    logprobs = tensor(log(8), log(8), log(1.5), log(0.5)).requires_grad_()
+    weights = tensor(0.25, 0.25, 0.25, 0.25)
+    loss = clipped_policy_loss(logprobs, tensor(0, 0, 0, 0), tensor(-1, 2, -1, -1), weights, clip=CLIP, cap=2.0)
+    # The second is cut at 1.28 by the clip, and its share of 2 / 8 has no gradient all the same.
+    assert loss.value.item() == pytest.approx(-(-2 + 2 * 1.28 / 4 - 1.5 - 0.8) / 4)
+    loss.value.backward()
+    torch.testing.assert_close(logprobs.grad, tensor(2 / 4, 0, 1.5 / 4, 0))
+
+
 def test_scaling_advantages_scales_the_loss():
     torch.manual_seed(0)
     logprobs, behaviour, advantages = torch.randn(3, 50, dtype=torch.float64)
@@ -75,6 +88,89 @@ def test_k3_estimates_the_divergence_without_bias():
     policy, reference = torch.tensor([0.7, 0.2, 0.1]).double(), torch.tensor([0.3, 0.3, 0.4]).double()
     expected = (policy * (policy / reference).log()).sum()
     torch.testing.assert_close((policy * k3_divergence(policy.log(), reference.log())).sum(), expected)
+
+
+def test_reverse_kl_by_hand():
+    # p = .5, .3 and .2 left; q = .25, .25 and .5 left.
+    divergence = reverse_kl(torch.log(tensor(0.5, 0.3))[None], torch.log(tensor(0.25, 0.25))[None])
+    assert divergence.item() == pytest.approx(0.5 * log(2) + 0.3 * log(1.2) + 0.2 * log(0.4))
+    assert log_tail(torch.log(tensor(0.5, 0.3))).exp().item() == pytest.approx(0.2)
+
+
+def test_reverse_kl_is_the_whole_divergence_where_one_token_is_left_and_less_where_more_are():
+    torch.manual_seed(0)
+    policy, teacher = torch.randn(2, 20, 6, dtype=torch.float64).log_softmax(-1)
+    whole = torch.nn.functional.kl_div(teacher, policy, reduction="none", log_target=True).sum(-1)
+    torch.testing.assert_close(reverse_kl(policy[:, :5], teacher[:, :5]), whole)
+    binned = reverse_kl(policy[:, :2], teacher[:, :2])
+    assert (binned > 0).all()
+    assert (binned < whole).all()
+
+
+def test_reverse_kl_gradient_agrees_with_finite_differences_and_is_none_where_they_agree():
+    torch.manual_seed(0)
+    logits, teacher = torch.randn(2, 4, 9, dtype=torch.float64)
+    named = teacher.log_softmax(-1)[:, :3]
+    logits.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: reverse_kl(x.log_softmax(-1)[:, :3], named), (logits,))
+    reverse_kl(logits.log_softmax(-1)[:, :3], logits.detach().log_softmax(-1)[:, :3]).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.abs().max().item() < 1e-12
+
+
+@pytest.mark.parametrize("sure", [0.0, 5.0, 15.0, 17.0, 30.0, 200.0])
+@pytest.mark.parametrize("teacher_sure", [0.0, 17.0, 200.0])
+def test_a_sure_policy_or_teacher_gives_finite_numbers(sure, teacher_sure):
+    """In float32, the other tokens' share from 3/4 to below the smallest number; against float64 where that has one."""
+    logits = torch.tensor([[sure, 0.0, 0.5, -0.5]]).requires_grad_()
+    teacher = torch.tensor([[teacher_sure, 0.0, -0.5, 0.5]]).log_softmax(-1)
+    divergence = reverse_kl(logits.log_softmax(-1)[:, :2], teacher[:, :2])
+    divergence.sum().backward()
+    assert logits.grad is not None
+    assert divergence.isfinite().all()
+    assert logits.grad.isfinite().all()
+    if max(sure, teacher_sure) <= 5:
+        double = logits.detach().double().requires_grad_()
+        exact = reverse_kl(double.log_softmax(-1)[:, :2], teacher.double()[:, :2])
+        exact.sum().backward()
+        assert divergence.item() == pytest.approx(exact.item(), abs=1e-6)
+        torch.testing.assert_close(logits.grad.double(), double.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_an_entry_that_names_no_token_is_empty():
+    policy, teacher = torch.log(tensor(0.5, 0.3, 0.1))[None].requires_grad_(), torch.log(tensor(0.25, 0.25, 0.0))[None]
+    divergence = reverse_kl(policy, teacher)
+    torch.testing.assert_close(divergence, reverse_kl(policy[:, :2], teacher[:, :2]))
+    reverse_kl(policy, torch.full((1, 3), -math.inf).double()).sum().backward()
+    assert policy.grad is not None
+    assert policy.grad.abs().max().item() == 0
+
+
+def test_the_teachers_term_of_the_loss_by_hand():
+    """Weighted, and by the ratio of the sampled token, which is truncated and no part of the gradient."""
+    named = torch.log(torch.tensor([[0.5, 0.3], [0.6, 0.2], [0.5, 0.5]], dtype=torch.float64)).requires_grad_()
+    taught = targets(
+        advantages=tensor(0, 0, 0),
+        support_valid=torch.zeros(3, 2).bool(),
+        behaviour_logprobs=tensor(-1.0, -5.1, 0.0),
+        teacher_logprobs=torch.log(torch.tensor([[0.25, 0.25], [0.2, 0.2], [0.5, 0.5]], dtype=torch.float64)),
+        teacher_weights=tensor(2.0, 0.5, 1.0),
+    )
+    logprobs = LOGPROBS.clone().requires_grad_()
+    loss = total_loss(logprobs, torch.cat([SUPPORT, named], dim=1), taught, LearningSection(kl_weight=0))
+    first = 0.5 * log(2) + 0.3 * log(1.2) + 0.2 * log(0.4)
+    second = 0.6 * log(3) + 0.2 * log(1) + 0.2 * log(1 / 3)
+    # Ratios exp(.1), and exp(3) cut to 2; the third token is padding.
+    assert loss.value.item() == pytest.approx(0.5 * 2.0 * math.exp(0.1) * first + 0.5 * 0.5 * 2 * second)
+    assert loss.distillation.value.item() == pytest.approx(loss.value.item())
+    loss.value.backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.abs().max().item() == 0
+    assert named.grad is not None
+    # d/dl_v = p_v (log p_v/q_v - log p_tail/q_tail)
+    expected = 0.5 * 2.0 * math.exp(0.1) * 0.5 * (log(2) - log(0.4))
+    assert named.grad[0, 0].item() == pytest.approx(expected)
+    assert named.grad[2].abs().max().item() == 0
 
 
 def test_importance_is_truncated_and_has_no_gradient():
@@ -99,6 +195,8 @@ def targets(**changes: torch.Tensor) -> Targets:
         support_behaviour_logprobs=torch.tensor([[0.0, 0.0], [-2.0, -0.3], [0.0, 0.0]], dtype=torch.float64),
         support_advantages=torch.tensor([[0.0, 0.0], [0.2, -0.4], [0.0, 0.0]], dtype=torch.float64),
         support_valid=torch.tensor([[False, False], [True, True], [False, False]]),
+        teacher_logprobs=torch.zeros(3, 0, dtype=torch.float64),
+        teacher_weights=tensor(0.0, 0.0, 0.0),
     )
     return replace(base, **changes)
 

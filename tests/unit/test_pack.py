@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from clawrl.algorithms.losses import Targets, total_loss
+from clawrl.config import LearningSection
 from clawrl.training.model import TokenScorer, packed_attention
 from clawrl.training.pack import PackedRow, balance, pack, trainable
-from clawrl.types import Distillation, Sample
+from clawrl.types import Distillation, Sample, TeacherTop
 
 VOCABULARY = 97
 
@@ -162,6 +164,32 @@ def test_supports_of_different_widths_are_joined():
     assert (row.support_advantages[~row.support_valid] == 0).all()
 
 
+def taught(number: int, named: int) -> Sample:
+    """A sample whose teacher named so many tokens at every position."""
+    made, rng = sample(number, 5, 3, advantages=None), np.random.default_rng(number)
+    shares = rng.dirichlet(np.ones(named + 1), 8)[:, :named]
+    ids = np.stack([rng.permutation(VOCABULARY)[:named] for _ in range(8)])
+    top = TeacherTop(ids.astype(np.int32), np.log(shares).astype(np.float32), np.full(8, 0.5, np.float32))
+    return replace(made, teacher_top=top)
+
+
+def test_teachers_that_named_more_or_fewer_tokens_are_joined():
+    samples = [taught(0, 2), sample(1, 5, 3, k=3), taught(2, 5)]
+    ((row,),) = pack(samples, world=1, pack_tokens=64)
+    assert row.support.shape == (9, 3 + 5)
+    assert row.support_valid.shape == (9, 3)
+    first, last = samples[0].teacher_top, samples[2].teacher_top
+    assert first is not None
+    assert last is not None
+    np.testing.assert_array_equal(row.support[:3, 3:5], first.ids[5:])
+    np.testing.assert_array_equal(row.support[6:, 3:], last.ids[5:])
+    np.testing.assert_array_equal(row.teacher_logprobs[6:], last.logprobs[5:])
+    np.testing.assert_array_equal(np.isneginf(row.teacher_logprobs).sum(1), [3] * 3 + [5] * 3 + [0] * 3)
+    assert row.teacher_weights.tolist() == [0.5] * 3 + [0] * 3 + [0.5] * 3
+    idle = [row for row in rows_of(pack(samples[:1], world=2, pack_tokens=64)) if row.weights.sum() == 0]
+    assert [(row.support.shape, row.teacher_logprobs.shape) for row in idle] == [((1, 2), (1, 2))]
+
+
 def test_untrainable_samples_are_recognised():
     good = sample(0, 5, 2, k=2)
     assert trainable(good)
@@ -176,6 +204,11 @@ def test_untrainable_samples_are_recognised():
     assert good.distillation is not None
     spoiled = np.where(good.distillation.valid, good.distillation.advantages, np.nan).astype(np.float32)
     assert trainable(replace(good, distillation=replace(good.distillation, advantages=spoiled)))
+    top = taught(0, 2).teacher_top
+    assert top is not None
+    for value, usable in ((-np.inf, True), (np.nan, False), (np.inf, False)):
+        logprobs = np.where(np.arange(8)[:, None] == 6, value, top.logprobs)
+        assert trainable(replace(taught(0, 2), teacher_top=replace(top, logprobs=logprobs))) is usable
     spoiled = np.full_like(spoiled, np.inf)
     assert not trainable(replace(good, distillation=replace(good.distillation, advantages=spoiled)))
 
@@ -237,6 +270,28 @@ def test_packed_scores_equal_those_of_padded_sequences(model_folder, logit_chunk
     )  # entries outside were set to token 0, or are none of the loss's business
     torch.testing.assert_close(scored.support[mask], torch.cat(support)[mask], atol=2e-5, rtol=0)
     torch.testing.assert_close(scored.entropy, torch.cat(entropy), atol=2e-5, rtol=0)
+
+
+def test_samples_of_several_methods_train_together_as_each_would_alone(model_folder):
+    """A journal holds what an earlier run's method made of it: the loss and gradient of a batch are the mean of all."""
+    samples = [sample(0, 5, 3), sample(1, 5, 3, k=3), taught(2, 5), taught(3, 2)]
+    scorer = TokenScorer.load(model_folder, logit_chunk=1000)
+    found = []
+    for batch in (samples, *([each] for each in samples)):
+        scorer.zero_grad()
+        ((row,),) = pack(batch, world=1, pack_tokens=4096)
+        targets = Targets(**{name: torch.from_numpy(getattr(row, name)) for name in Targets.__slots__})
+        scored = score(scorer, row)
+        loss = total_loss(scored.logprobs, scored.support, targets, LearningSection(kl_weight=0))
+        loss.value.backward()
+        gradient = torch.cat(
+            [parameter.grad.flatten() for parameter in scorer.parameters() if parameter.grad is not None]
+        )
+        found.append((loss.value.detach(), gradient))
+    values, gradients = (torch.stack(each) for each in zip(*found, strict=True))
+    assert (gradients.abs().amax(1) > 0).all()
+    torch.testing.assert_close(values[0], values[1:].mean(0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(gradients[0], gradients[1:].mean(0), atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

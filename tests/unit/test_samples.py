@@ -103,6 +103,38 @@ def test_topk_distillation_by_hand():
     assert sample.advantages is None, "an abstention has no policy-gradient term"
 
 
+def test_the_support_is_the_configured_one():
+    """The teacher's two likeliest: 1 and 4, then 2 and 3, all named by the student. Of its one, 3 is no overlap."""
+    teachers = build(judged(None, HINT), method="opd", teacher=[TEACHER], distillation_support="teacher").distillation
+    np.testing.assert_array_equal(teachers.support[3:], [[1, 4], [2, 3]])
+    np.testing.assert_allclose(teachers.behaviour_logprobs[3:], np.log([[0.5, 0.25], [0.25, 0.5]]), rtol=1e-6)
+    shared = build(
+        judged(None, HINT), method="opd", teacher=[TEACHER], distillation_support="overlap", support=1
+    ).distillation
+    np.testing.assert_array_equal(shared.valid[3:], [[True], [False]])
+    np.testing.assert_allclose(shared.advantages[3:], [[np.log(0.6 / 0.5)], [0]], rtol=1e-5)
+
+
+def test_the_divergence_keeps_what_the_teacher_named():
+    sample = build(judged(-1, HINT), distillation="kl", teacher=[TEACHER], opd_weight=3.0)
+    assert sample.distillation is None
+    np.testing.assert_allclose(sample.advantages[3:], -1)
+    np.testing.assert_array_equal(sample.teacher_top.ids[3:], TEACHER.top_ids)
+    np.testing.assert_allclose(sample.teacher_top.logprobs[3:], TEACHER.top_logprobs)
+    np.testing.assert_array_equal(sample.teacher_top.weights, [0, 0, 0, 3, 3])
+    alone = build(judged(None, HINT), distillation="kl", teacher=[TEACHER], method="opd")
+    assert alone.advantages is None
+    assert build(judged(None, HINT), distillation="kl", teacher=[None], method="opd") is None
+
+
+def test_a_token_that_the_teacher_gave_no_number_is_none_that_it_named():
+    top = np.array(TEACHER.top_logprobs)
+    top[0, 1], top[1] = np.nan, -np.inf
+    sample = build(judged(None, HINT), distillation="kl", teacher=[replace(TEACHER, top_logprobs=top)], opd_weight=3.0)
+    np.testing.assert_array_equal(np.isneginf(sample.teacher_top.logprobs[3:]), [[False, True, False], [True] * 3])
+    np.testing.assert_array_equal(sample.teacher_top.weights[3:], [3, 0])
+
+
 def test_token_distillation_by_hand():
     sample = build(judged(1, HINT), method="opd", distillation="token", teacher=[TEACHER], difference_clip=2.0)
     target = sample.distillation

@@ -109,7 +109,7 @@ setup:
 LEFT_OUT := clawrl torchvision torchaudio torchcodec triton \
     selenium pysocks outcome trio trio-websocket websocket-client wsproto \
     litellm fastuuid importlib-metadata zipp boto3 botocore s3transfer textual linkify-it-py mdit-py-plugins \
-    prompt-toolkit wcwidth ghapi fastcore gitpython gitdb smmap beautifulsoup4 soupsieve chardet types-certifi types-toml \
+    ghapi fastcore gitpython gitdb smmap beautifulsoup4 soupsieve chardet types-certifi types-toml \
     pycosat
 
 # Added to the lock: bfcl-eval pins an old numpy and needs a hundred packages for its model handlers. Only its data and

@@ -74,7 +74,7 @@ def replica(monkeypatch: pytest.MonkeyPatch, store: Store, broken: str | None = 
     monkeypatch.setattr(policy, "metric", lambda name: SimpleNamespace(observe=print, set=print))
     made = Policy.__new__(Policy)
     made.replica, made._store, made._engine = "one", store, Engine(broken)  # type: ignore[assignment]
-    made._failure, made._canary_logprobs = None, None
+    made._failure, made._canary_logprobs, made._adapters = None, None, None
     return made
 
 

@@ -5,7 +5,7 @@ Pure, small pieces: `said` holds for every client, a `Family` for the clients of
 
     any client    system messages, reasoning, <think> blocks, tool-call ids and unknown keys are left out;
                   arguments are compared as values, content parts as text
-    OpenClaw      internal context is left out, and so are polls that were answered with silence
+    OpenClaw      internal context and summaries are left out, and so are polls that were answered with silence
 """
 
 from __future__ import annotations
@@ -150,10 +150,13 @@ _DATED = re.compile(r"\A\[[A-Z][a-z]{2} \d{4}-\d{2}-\d{2}[^\]]*\]")
 _HEARTBEAT = "[OpenClaw heartbeat poll]"
 _FLUSH = "Pre-compaction memory flush."
 _TITLE = "Generate a concise session title"
+_SUMMARY = "The conversation history before this point was compacted into the following summary:"
 _COMPACTION = "You are a context summarization assistant"
 
 
 def _openclaw_words(text: str) -> str | None:
+    if text.startswith(_SUMMARY):
+        return None
     if "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>" not in text:
         return text
     rest = _INTERNAL.sub("", text)
@@ -173,8 +176,8 @@ def _openclaw_side(messages: Sequence[Message], has_tools: bool) -> str | None:
             return "title"
         if any(_COMPACTION in text for text in texts):
             return "compaction"
-    spoken = [content_text(message.get("content")) for message in messages if message.get("role") == "user"]
-    spoken = [words for words in map(_openclaw_words, spoken) if words is not None]
+    asked = [content_text(message.get("content")) for message in messages if message.get("role") == "user"]
+    spoken = [words for words in map(_openclaw_words, asked) if words is not None]
     if not spoken:
         return None
     last = spoken[-1].lstrip()
@@ -186,7 +189,9 @@ def _openclaw_side(messages: Sequence[Message], has_tools: bool) -> str | None:
     ):
         if last.startswith(start) or _DATED.sub("", last, count=1).lstrip().startswith(start):
             return kind
-    if _openclaw_poll(last) or (not _DATED.match(last) and any(_DATED.match(text.lstrip()) for text in spoken[:-1])):
+    dates = any(_DATED.match(text.lstrip()) for text in spoken[:-1])
+    hidden = len(spoken) == 1 and any(text.startswith(_SUMMARY) for text in asked)  # all that was dated is in a summary
+    if _openclaw_poll(last) or (not _DATED.match(last) and (dates or hidden)):
         return "heartbeat"
     return _by_runtime(messages)
 

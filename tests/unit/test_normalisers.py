@@ -28,6 +28,7 @@ def context(text="time, place"):
 
 ASKED = user("[Wed 2026-09-02 10:00 UTC] two plus two?")
 HEARTBEAT = user("Read HEARTBEAT.md if it exists. If nothing needs attention, reply HEARTBEAT_OK.")
+SUMMARY = user("The conversation history before this point was compacted into the following summary:\n\n<summary>…")
 POLL = user("[OpenClaw heartbeat poll]")
 FLUSH = user("Pre-compaction memory flush. Store durable memories now.")
 CALL = {
@@ -93,6 +94,7 @@ def test_a_poll_that_nobody_noticed_leaves_no_trace(poll):
         ([ASKED, reply("four"), POLL], True, "heartbeat"),
         ([ASKED, reply("four"), HEARTBEAT, context()], True, "heartbeat"),
         ([ASKED, reply("four"), user("check the mail")], True, "heartbeat"),
+        ([SUMMARY, reply("four"), user("check the mail")], True, "heartbeat"),
         ([user("[cron:123 daily] sum up"), CALL, {"role": "tool", "content": "4"}], True, "cron"),
         ([user("[Subagent Context] You are a subagent")], True, "subagent"),
         ([ASKED, reply("four"), user("A background task completed. Result: 4")], True, "subagent's completion"),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from npm import OPENCLAW, SDKS, Npm
@@ -23,8 +24,7 @@ def client_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PACKAGES]
     ended = subprocess.run(install, capture_output=True, text=True, timeout=500)
     if ended.returncode != 0:
-        reason = f"{', '.join(PACKAGES)} cannot be installed: {ended.stderr[-400:]}"
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+        _without(f"{', '.join(PACKAGES)} cannot be installed: {ended.stderr[-400:]}")
     return python
 
 
@@ -51,5 +51,10 @@ def _installed(prefix: Path, packages: Sequence[str]) -> Npm:
     found = Npm(prefix)
     reason = found.install(packages)
     if reason is not None:
-        pytest.skip(reason)
+        _without(reason)
     return found
+
+
+def _without(reason: str) -> NoReturn:
+    """A user may lack it; CI may not."""
+    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)

@@ -3,17 +3,22 @@ read or written."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import time
+import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from websockets.exceptions import WebSocketException
+from websockets.sync.client import connect
 
 from jobs.chaos.target import free_port
 
@@ -21,7 +26,9 @@ NODE = "node@24.21.0"
 """First, since OpenClaw's installation runs on it: it refuses what is older than 24.16."""
 SDKS = ("openai@7.55.0", "ai@7.0.173", "@ai-sdk/openai-compatible@3.0.92", "@ai-sdk/openai@4.0.118")
 OPENCLAW = ("openclaw@2026.9.6",)
-STARTS, READY_S, STOP_S = 3, 90.0, 20.0
+STARTS, SAY_S, READY_S, STOP_S = 3, 400.0, 240.0, 20.0
+PROTOCOL, ANSWER_S = 4, 300.0
+"""Of OpenClaw's gateway."""
 
 
 @dataclass(frozen=True)
@@ -115,33 +122,30 @@ class OpenClaw:
     def _program(self) -> list[str]:
         return ["node", str(self._npm.modules / "openclaw" / "openclaw.mjs")]
 
-    def run(self, *arguments: str, timeout_s: float = 400) -> str:
-        """What `openclaw ...` prints; it must succeed."""
+    def say(self, text: str) -> str:
+        """A person's message to the main agent, which runs in this one command; what is answered."""
         ended = subprocess.run(
-            [*self._program, *arguments],
+            [*self._program, "agent", "--agent", "main", "--local", "--message", text],
             capture_output=True,
             text=True,
-            timeout=timeout_s,
+            timeout=SAY_S,
             env=self._environment,
             cwd=self.workspace,
         )
-        assert ended.returncode == 0, f"{arguments}: {ended.stdout[-2000:]}\n{ended.stderr[-3000:]}"
+        assert ended.returncode == 0, f"{ended.stdout[-2000:]}\n{ended.stderr[-3000:]}"
         return ended.stdout
 
-    def say(self, text: str, *options: str) -> str:
-        """A person's message to the main agent; what is answered."""
-        return self.run("agent", "--agent", "main", "--message", text, *options)
-
     @contextmanager
-    def gateway(self) -> Iterator[None]:
+    def gateway(self) -> Iterator[Operator]:
         """`openclaw gateway`, ready. On a busy machine it may give its own start up, and is started again."""
-        process = self._started()
+        process, operator = self._started()
         try:
-            yield
+            yield operator
         finally:
+            operator.close()
             _stop(process)
 
-    def _started(self) -> subprocess.Popen:
+    def _started(self) -> tuple[subprocess.Popen, Operator]:
         log = self.folder / "gateway.log"
         for _ in range(STARTS):
             with log.open("w") as out:
@@ -155,11 +159,55 @@ class OpenClaw:
                 )
             deadline = time.monotonic() + READY_S
             while process.poll() is None and time.monotonic() < deadline:
-                if "[gateway] ready" in log.read_text():
-                    return process
-                time.sleep(0.3)
+                try:
+                    return process, Operator(self._port)
+                except (OSError, TimeoutError, WebSocketException, RpcError):  # no port yet, or not all behind it
+                    time.sleep(0.3)
             _stop(process)
         raise AssertionError(f"openclaw gateway did not come up: {log.read_text()[-3000:]}")
+
+
+class RpcError(Exception):
+    """What OpenClaw's gateway refuses."""
+
+
+class Operator:
+    """A client of OpenClaw's gateway, by its protocol (docs/gateway/protocol in its package): JSON frames on a
+    WebSocket. What `openclaw ...` asks of a gateway goes the same way, a start of the program later."""
+
+    def __init__(self, port: int) -> None:
+        """Raises OSError, WebSocketException or RpcError while the gateway is not up."""
+        with ExitStack() as opened:
+            self._ids = itertools.count()
+            self._socket = opened.enter_context(connect(f"ws://127.0.0.1:{port}", max_size=None, max_queue=None))
+            self._socket.recv(timeout=ANSWER_S)  # connect.challenge, for those who sign
+            client = {"id": "gateway-client", "version": "1", "platform": "linux", "mode": "backend"}
+            scopes = ["operator.admin", "operator.read", "operator.write"]
+            protocol = {"minProtocol": PROTOCOL, "maxProtocol": PROTOCOL}
+            self.call("connect", **protocol, client=client, role="operator", scopes=scopes, caps=[])
+            self._opened = opened.pop_all()
+
+    def close(self) -> None:
+        self._opened.close()
+
+    def call(self, method: str, **params: Any) -> Any:
+        """The final answer; of a run that is accepted, the one after that. Raises RpcError where it is refused."""
+        id, deadline = str(next(self._ids)), time.monotonic() + ANSWER_S
+        self._socket.send(json.dumps({"type": "req", "id": id, "method": method, "params": params}))
+        while True:
+            frame = json.loads(self._socket.recv(timeout=max(deadline - time.monotonic(), 0)))
+            if frame["type"] != "res" or frame["id"] != id:
+                continue
+            if not frame["ok"]:
+                raise RpcError(f"{method}: {frame['error']}")
+            if frame["payload"].get("status") != "accepted":
+                return frame["payload"]
+
+    def say(self, text: str, session: str = "agent:main:main") -> str:
+        """A person's message; what is answered."""
+        key = uuid.uuid4().hex
+        ended = self.call("agent", agentId="main", sessionKey=session, message=text, idempotencyKey=key)
+        return "\n".join(each.get("text") or "" for each in ended["result"]["payloads"])
 
 
 def _stop(process: subprocess.Popen) -> None:

@@ -1,7 +1,8 @@
 """OpenClaw, unmodified and headless, before the real gateway and journal; a script answers in the model's place.
 
-One story is played in one OpenClaw: a tool is called by `openclaw agent --local`, then its gateway is up, and all
-that it asks for itself is provoked. The tests look at what the journal has of it.
+One story is played in one OpenClaw: a tool is called by `openclaw agent --local`, then its gateway is up and is spoken
+to by its own protocol (`npm.Operator`), and all that it asks for itself is provoked. The tests look at what the journal
+has of it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,17 @@ from clawrl.journal.store import JournalReader
 from clawrl.serving.normalisers import said, side_marker
 from clawrl.types import Message, NextState, Turn
 
-pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[3]
 PLUGIN = ROOT / "clawrl" / "integrations" / "openclaw"
 ORDER = re.compile(r"call (\w+) (\{.*?\})!")
 LOOK = 'Please look: call exec {"command": "echo claw-was-here"}!'
+LONG = "agent:main:long"
+"""A session near its limit: a context of 32,768 tokens is flushed into memory from 20,576 on, and compacted from 24,576
+on. The script's usage counts four characters as a token."""
+BIG = "agent:main:big"
+"""A session of which a compaction leaves a summary and the last reply only: no words of a person."""
 SPAWN = 'Delegate: call sessions_spawn {"task": "Count to three.", "taskName": "count"}!'
 
 
@@ -96,6 +103,10 @@ def seen(door: Door) -> Seen:
     return Seen([turn for turn in turns if turn is not None], following)
 
 
+def words(num_characters: int) -> str:
+    return " ".join(f"word{at}" for at in range(num_characters // 7))[:num_characters]
+
+
 def wait_for(what: str, condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -115,7 +126,6 @@ def small(config: dict[str, Any], url: str, *tools: str) -> dict[str, Any]:
     config["models"]["providers"]["clawrl"]["baseUrl"] = f"{url}/v1"
     config["agents"]["defaults"] |= defaults
     config["tools"] = {"profile": "minimal", "alsoAllow": ["exec", "read", "write", *tools], "toolSearch": False}
-    config.setdefault("plugins", {})["slots"] = {"memory": "none"}
     return config
 
 
@@ -125,29 +135,41 @@ def story(openclaw: Npm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     (folder / "journal").mkdir()
     with serving(folder / "journal", Obedient()) as door:
         claw = OpenClaw(openclaw, folder, small(documented(), door.address, "sessions_spawn"))
-        assert "Answer 2." in claw.say(LOOK, "--local")
+        assert "Answer 2." in claw.say(LOOK)
 
-        def has(reason: str) -> Callable[[], bool]:
-            return lambda: any(turn.reason.startswith(f"OpenClaw: {reason}") for turn in seen(door).turns)
+        def has(kind: str, num: int = 1) -> Callable[[], bool]:
+            return lambda: [turn.reason.split(";")[0] for turn in seen(door).turns].count(f"OpenClaw: {kind}") >= num
 
-        with claw.gateway():
-            claw.say("Second: are you sure?")
-            claw.say("/new")
-            claw.say("After new: hello.")
-            claw.say(SPAWN)
+        with claw.gateway() as operator:
+            assert "Answer 3." in operator.say("Second: are you sure?")
+            operator.say("/new")
+            operator.say("After new: hello.")
+            operator.say(SPAWN)
             wait_for("subagent's completion", has("subagent's completion"))
-            claw.run("system", "event", "--text", "Something happened.", "--mode", "now")
+            operator.call("wake", mode="now", text="Something happened.")
             wait_for("heartbeat", has("heartbeat"))
-            claw.say("Fourth: thanks.")
-            claw.say("Fifth: go on.")
-            claw.run("sessions", "compact", "agent:main:main")
-            claw.say("Sixth: and after the compaction?")
+            operator.say("Fourth: thanks.")
+            operator.say("Fifth: go on.")
+            operator.call("sessions.compact", key="agent:main:main")
+            operator.say("Sixth: and after the compaction?")
             room = {"key": "agent:main:dashboard:rome", "message": "Plan a trip to Rome with two children."}
-            claw.run("gateway", "call", "sessions.create", "--params", json.dumps(room))
+            operator.call("sessions.create", **room)
             wait_for("title", has("title"))
-            job = ("--at", "1s", "--message", "Say hello.", "--name", "hello", "--session", "isolated", "--no-deliver")
-            claw.run("cron", "add", *job)
+            soon = {"kind": "at", "at": datetime.now(UTC).isoformat()}
+            what = {"payload": {"kind": "agentTurn", "message": "Say hello."}, "delivery": {"mode": "none"}}
+            operator.call("cron.add", name="hello", schedule=soon, sessionTarget="isolated", wakeMode="now", **what)
             wait_for("cron job", has("cron"))
+            operator.say("Seventh: hello.", LONG)
+            operator.say(f"Eighth: {words(78_000)}", LONG)
+            wait_for("memory flush", has("memory flush"))
+            operator.say(f"Ninth: {words(20_000)}", LONG)
+            operator.say("Tenth: what was it about?", LONG)
+            operator.say("Eleventh: hello.", BIG)
+            operator.say(f"Twelfth: {words(60_000)}", BIG)
+            operator.call("sessions.compact", key=BIG)
+            operator.call("wake", mode="now", text="Something happened.", sessionKey=BIG)
+            wait_for("second heartbeat", has("heartbeat", 2))
+            operator.say("Thirteenth: go on.", BIG)
         yield seen(door)
 
 
@@ -206,6 +228,29 @@ def test_compaction_is_side_and_the_conversation_goes_on(story: Seen):
     assert (story.followed(before) or "").endswith("Sixth: and after the compaction?")
 
 
+def test_a_memory_flush_and_automatic_compactions_are_side_and_the_conversation_goes_on(story: Seen):
+    flush = story.side("memory flush")
+    turns = [story.asked(words) for words in ("Seventh:", "Eighth:", "Ninth:", "Tenth:")]
+    assert [turn.kind for turn in turns] == ["main"] * 4
+    assert [turn.index for turn in turns] == [0, 1, 2, 3]
+    assert [turn.parent for turn in turns] == [None, *(turn.id for turn in turns[:3])]
+    assert flush.session == turns[1].session
+    assert turns[3].session != turns[1].session, "its name counts the compactions"
+    assert "was compacted into the following summary" in json.dumps(turns[3].messages)
+    assert "Ninth: word0" in (story.followed(turns[1]) or "")
+    assert (story.followed(turns[2]) or "").endswith("Tenth: what was it about?")
+
+
+def test_a_heartbeat_after_a_compaction_of_all_that_was_asked(story: Seen):
+    before, turn = story.asked("Twelfth:"), story.asked("Thirteenth:")
+    poll = next(each for each in story.turns if each.session == turn.session)
+    assert poll.kind == "side"
+    assert poll.reason.startswith("OpenClaw: heartbeat")
+    assert "Twelfth:" not in json.dumps([each for each in poll.messages if "<summary>" not in json.dumps(each)])
+    assert (turn.kind, turn.parent) == ("main", before.id)
+    assert (story.followed(before) or "").endswith("Thirteenth: go on.")
+
+
 def test_titles_and_cron_jobs_are_side(story: Seen):
     assert "Rome" in _last_of(story.side("title"), "user")
     assert story.asked("Plan a trip to Rome").kind == "side"
@@ -219,11 +264,11 @@ def test_the_plugin_says_it_by_headers(openclaw: Npm, tmp_path: Path):
     config["plugins"]["load"]["paths"] = [str(shutil.copytree(PLUGIN, tmp_path / "plugin"))]
     with serving(tmp_path / "journal", Obedient()) as door:
         claw = OpenClaw(openclaw, tmp_path, small(config, door.address, "sessions_spawn"))
-        with claw.gateway():
-            claw.say("One: hello.")
-            claw.say("Two: still there?")
-            claw.say("/new")
-            claw.say(SPAWN)
+        with claw.gateway() as operator:
+            operator.say("One: hello.")
+            operator.say("Two: still there?")
+            operator.say("/new")
+            operator.say(SPAWN)
             wait_for("completion", lambda: len(seen(door).turns) == 6)
             states = door.rows("SELECT turn, done FROM next_states")
         story = seen(door)
@@ -248,7 +293,8 @@ def test_a_turn_of_the_real_engine(openclaw: Npm, server: Server, tmp_path: Path
     )
     config = small(documented(), server.url)
     del config["tools"]
-    config["plugins"] |= {
+    config["plugins"] = {
+        "slots": {"memory": "none"},
         "load": {"paths": [str(plugin)]},
         "entries": {
             "short": {"enabled": True, "hooks": {"allowConversationAccess": True, "allowPromptInjection": True}}
@@ -259,8 +305,8 @@ def test_a_turn_of_the_real_engine(openclaw: Npm, server: Server, tmp_path: Path
         "compat": {"sendSessionAffinityHeaders": True, "supportsTools": False},
     }
     claw = OpenClaw(openclaw, tmp_path / "claw", config)
-    claw.say("OpenClaw: Tom has 3 apples and buys 4 more. How many has he?", "--local")
-    claw.say("OpenClaw: are you sure?", "--local")
+    claw.say("OpenClaw: Tom has 3 apples and buys 4 more. How many has he?")
+    claw.say("OpenClaw: are you sure?")
     with closing(server.journal()) as journal, journal.database.reader.connect() as connection:
         ids = connection.exec_driver_sql("SELECT id, messages FROM turns ORDER BY seq").fetchall()
         first, second = (journal.turn(id) for id, messages in ids if "OpenClaw: " in messages)

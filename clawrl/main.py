@@ -35,6 +35,7 @@ from clawrl.rollout.collector import Collector
 from clawrl.rollout.pool import Pool
 from clawrl.rollout.worker import agent_of, make_env, own_key, start_worker
 from clawrl.serving import app
+from clawrl.serving.endpoint import key_of
 from clawrl.serving.keys import FILE, KeyRing, require_keys_beyond_loopback
 from clawrl.serving.local import is_loopback
 from clawrl.serving.redaction import Redactor
@@ -232,6 +233,7 @@ def check(config: Config) -> None:
             raise ConfigError(f"{section}.model: {error}") from None
     if config.lora is not None:
         require_targets(config.lora, config.policy.model)
+    key_of(config.judge)
     Redactor(config.privacy)
     load_method(config.learning)
     for pool in config.pools:

@@ -197,6 +197,11 @@ class JudgeSection(EngineSection, EndpointSection):
         ge=0,
         description="So long a turn with explicit feedback waits for a next message.",
     )
+    session_idle_s: float = Field(
+        default=600.0,
+        gt=0,
+        description="A session in which nothing is said for so long has ended (learning.experience).",
+    )
     nice: int = Field(default=5, ge=0, le=19)
 
 
@@ -225,10 +230,13 @@ class LearningSection(Section):
     difference_clip: float = Field(
         default=1.0, gt=0, description="C: bound on teacher - behaviour log-probability (topk and token)."
     )
-    teacher: Literal["frozen", "current"] = "frozen"
+    teacher: Literal["frozen", "current", "external"] = "frozen"
     teacher_top: int = Field(default=20, ge=1, le=100, description="Teacher's tokens scored per position.")
     hint_rule: Literal["sequence", "token", "shortest", "longest", "random"] = "sequence"
     max_hints: int = Field(default=3, ge=1)
+    experience: bool = Field(
+        default=False, description="Distil what a whole session teaches when it has ended, instead of hints by turn."
+    )
     process_weight: float = Field(
         default=0.0,
         ge=0,
@@ -445,6 +453,7 @@ class Config(Section):
     policy: PolicySection = PolicySection()
     judge: JudgeSection = JudgeSection()
     lora: LoraSection | None = Field(default=None, description="Without this section all weights are trained.")
+    teacher: EndpointSection = EndpointSection()
     learning: LearningSection = LearningSection()
     buffer: BufferSection = BufferSection()
     trainer: TrainerSection = TrainerSection()
@@ -482,6 +491,19 @@ class Config(Section):
             raise ValueError(
                 f"journal.keep_days={self.journal.keep_days:g} deletes samples that training has passed over, which "
                 f"buffer.replay_fraction={self.buffer.replay_fraction:g} would still train on; unset one of them"
+            )
+        if (self.learning.teacher == "external") != (self.teacher.url is not None):
+            raise ValueError(
+                f"learning.teacher={self.learning.teacher} and teacher.url={self.teacher.url} do not go together; "
+                "set learning.teacher=external and the url of a vLLM server, or neither"
+            )
+        if self.learning.experience and (
+            self.learning.method == "rl" or (self.learning.method != "opd" and self.learning.baseline != "none")
+        ):
+            raise ValueError(
+                f"learning.experience=true with method={self.learning.method}, baseline={self.learning.baseline}: it "
+                "distils, and samples are made as sessions end, which is no order for a running baseline; "
+                "set learning.method=opd, or hybrid with learning.baseline=none"
             )
         names = [pool.name for pool in self.pools]
         if len(set(names)) < len(names):

@@ -38,7 +38,8 @@ def build(
 
     `here` is the address of the node whose port the gateway opens, as Ray writes it.
     """
-    hints = config.learning.method != "rl"
+    gathers = config.judge.prompts == "tiny"  # other judges read sessions as a whole, and need no hints for it
+    hints = config.learning.method != "rl" and (gathers or not config.learning.experience)
     adapters = None if config.lora is None else Adapters(config.lora, run_directory / ADAPTERS)
     if config.judge.engine == "policy":
         deployment = _engine_deployment(PolicyAndJudge, "policy", config.policy)

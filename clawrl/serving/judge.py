@@ -12,6 +12,7 @@ import asyncio
 import logging
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from clawrl.config import JudgeSection, PolicySection
@@ -58,27 +59,41 @@ class Judging:
         """Votes on one step of an episode, in the light of its task and history; otherwise as `judge`."""
         return await self._answered(turn, [judging.step(self._prompts, turn.messages, turn.reply, next_state)])
 
+    async def lesson(
+        self, exchanges: Sequence[tuple[Turn, NextState | None]], hints: tuple[tuple[str, ...], ...]
+    ) -> str | None:
+        """What a whole session teaches, as short rules; None: nothing. `hints` are those found at each turn.
+
+        Raises JudgeError when the engine fails, or the model elsewhere is not reached or refuses.
+        """
+        if self._prompts.lesson is None:
+            return judging.gather_hints(hints)
+        with boundary(JudgeError, "reading a session"):
+            [answer] = await self._ask(judging.lesson(self._prompts, exchanges), votes=1)
+        return judging.parse_list(answer)
+
     async def _answered(self, turn: Turn, questions: list[list[Message]]) -> Judgement:
         """The judgement by the answers to a question for votes and, if there are two, one for hints."""
         started = time.perf_counter()
         try:
             with boundary(JudgeError, f"judging turn {turn.id}"):
-                answers = await asyncio.gather(*(self._ask(question) for question in questions))
+                votes = self._judging.votes
+                answers = await asyncio.gather(*(self._ask(question, votes) for question in questions))
         except RefusedError as refusal:
             seconds = time.perf_counter() - started
             return Judgement(turn.id, (), None, (), INITIAL, seconds, str(refusal), time.time())
-        votes = tuple(judging.parse_vote(text) for text in answers[0])
+        cast = tuple(judging.parse_vote(text) for text in answers[0])
         hints = judging.dedupe_hints(judging.parse_hint(text) for texts in answers[1:] for text in texts)
         seconds = time.perf_counter() - started
         metric("judge/latency_s").observe(seconds)
-        score = judging.plurality(votes)
-        return Judgement(turn.id, votes, score, hints, INITIAL, seconds, None, time.time())
+        score = judging.plurality(cast)
+        return Judgement(turn.id, cast, score, hints, INITIAL, seconds, None, time.time())
 
-    async def _ask(self, question: list[Message]) -> list[str]:
-        """m sampled answers to one question. Raises RefusedError for a question that cannot be answered."""
+    async def _ask(self, question: list[Message], votes: int) -> list[str]:
+        """So many sampled answers to one question. Raises RefusedError for a question that cannot be answered."""
         if self._outside is None:
-            return await self._ask_engine(await self._engine.render(question, (), {}))
-        asked = [self._ask_outside(self._outside, question) for _ in range(self._judging.votes)]
+            return await self._ask_engine(await self._engine.render(question, (), {}), votes)
+        asked = [self._ask_outside(self._outside, question) for _ in range(votes)]
         return await asyncio.gather(*asked)  # not one request with n: few servers know it
 
     async def _ask_outside(self, outside: Endpoint, question: list[Message]) -> str:
@@ -95,7 +110,7 @@ class Judging:
         except (KeyError, IndexError, TypeError):
             raise RefusedError(f"{outside.url} answers no chat completion; check judge.url") from None
 
-    async def _ask_engine(self, prompt_ids: list[int]) -> list[str]:
+    async def _ask_engine(self, prompt_ids: list[int], votes: int) -> list[str]:
         """The prompt is read once."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -106,7 +121,7 @@ class Judging:
             section = "judge" if settings.engine == "own" else "policy"
             raise RefusedError(f"the question has {len(prompt_ids)} tokens; raise {section}.max_model_len={limit}")
         params = SamplingParams(
-            n=settings.votes,
+            n=votes,
             temperature=settings.temperature,
             max_tokens=min(settings.max_verdict_tokens, limit - len(prompt_ids)),
             output_kind=RequestOutputKind.FINAL_ONLY,

@@ -344,6 +344,17 @@ class JournalReader:
         query = select(FEEDBACK.table).where(FEEDBACK.c.turn == turn).order_by(FEEDBACK.c.seq)
         return [FEEDBACK.decode(row) for row in self._rows(query)]
 
+    def labelled(self) -> list[tuple[Judgement, Feedback]]:
+        """Judged turns of which something was said explicitly, once for each time, oldest first; none withdrawn."""
+        query = (
+            select(JUDGEMENTS.table, FEEDBACK.table)
+            .join(FEEDBACK.table, FEEDBACK.c.turn == JUDGEMENTS.c.turn)
+            .outerjoin(WITHDRAWN, WITHDRAWN.c.turn == JUDGEMENTS.c.turn)
+            .where(WITHDRAWN.c.turn.is_(None))
+            .order_by(FEEDBACK.c.seq)
+        )
+        return [(JUDGEMENTS.decode(row), FEEDBACK.decode(row)) for row in self._rows(query)]
+
     def unanswered_feedback(self, after: int, before: float, limit: int) -> tuple[int, list[str]]:
         """Main turns that nothing followed, of which something was said before `before` (seconds since the epoch).
 

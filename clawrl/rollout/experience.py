@@ -65,13 +65,18 @@ class Distiller:
         exchanges: list[Exchange] = await self._insist(partial(self._journal.exchanges.remote, user, session))
         text, failure = None, None
         try:
-            text = await self._write(exchanges)
+            text = _storable(await self._write(exchanges))
         except Exception as error:
             log.warning("event=lesson_failed session=%s error=%s", session, type(error).__name__)
-            failure = str(error)
+            failure = _storable(str(error))
         waiting = [(turn, judgement) for turn, _, judgement, waits in exchanges if waits and judgement is not None]
         samples = await asyncio.gather(*(self._teach(turn, judgement, text) for turn, judgement in waiting))
         lessons = [Lesson(turn.id, text, failure, time.time()) for turn, _ in waiting]
         made = [sample for sample in samples if sample is not None]
         await self._insist(partial(self._journal.append.remote, *lessons, *made))
         self.counts.update(sessions=1, lessons=text is not None, failures=failure is not None, samples=len(made))
+
+
+def _storable(text: str | None) -> str | None:
+    """Without a NUL and half surrogate pairs, which models write and databases refuse."""
+    return text and text.replace("\x00", " ").encode("utf-8", "replace").decode()

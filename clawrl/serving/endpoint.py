@@ -79,7 +79,8 @@ class Endpoint:
             pause = min(2 * pause, LAST_PAUSE_S)
 
     def _without_key(self, text: str) -> str:
-        """Some servers repeat a wrong key in their refusal."""
+        """Some servers repeat a wrong key in their refusal; and no database stores a NUL."""
+        text = text.replace("\x00", " ")
         return text if self._key is None else text.replace(self._key, "[key]")
 
 

@@ -548,12 +548,14 @@ def test_a_list_for_a_big_model_is_a_note_of_the_system_message(actors, tmp_path
 def test_silence_ends_a_session_and_a_judge_that_fails_teaches_nothing(actors, tmp_path):
     house = House(actors, tmp_path)
     house.collect(EXPERIENCE, session_idle_s=0.2, timeout_s=1.0)
+    odd = house.say("-1 hint: be \x00 brief \ud83d", user="eve")
     turn, quiet = house.say("-1 hint: fail"), house.say("+1", user="bob")
-    taught = lessons(house, 2)
+    taught = lessons(house, 3)
+    assert taught[odd.id] == ("be   brief ?", None), "no database stores what was there"
     assert taught[turn.id][0] is None
     assert "the script says so" in str(taught[turn.id][1])
     assert taught[quiet.id] == (None, None)
-    assert house.samples() == {}
+    assert set(house.samples()) == {odd.id}
     assert house.stats()["distilled_failures"] == 1
 
 

@@ -17,7 +17,6 @@ from clawrl.types import Message
 HintRule = Literal["sequence", "token", "shortest", "longest", "random"]
 
 HINT_HEADER = "\n\n[user's hint / instruction]\n"
-NOTE_HEADER = "\n\nWhat earlier sessions with this user taught:\n"
 
 
 def with_hint(messages: Sequence[Message], hint: str) -> list[Message]:
@@ -32,8 +31,8 @@ def with_hint(messages: Sequence[Message], hint: str) -> list[Message]:
 def with_note(messages: Sequence[Message], note: str) -> list[Message]:
     """A copy of `messages` with the note at the end of its system message, or as one; the input is left as it was."""
     if messages and messages[0].get("role") in ("system", "developer"):
-        return [{**messages[0], "content": _append(messages[0].get("content"), NOTE_HEADER + note)}, *messages[1:]]
-    return [{"role": "system", "content": NOTE_HEADER.lstrip() + note}, *messages]
+        return [{**messages[0], "content": _append(messages[0].get("content"), f"\n\n{note}")}, *messages[1:]]
+    return [{"role": "system", "content": note}, *messages]
 
 
 def overlaps(student_top_ids: np.ndarray, teacher_top_ids: Sequence[np.ndarray]) -> np.ndarray:

@@ -57,6 +57,32 @@ class EngineSection(Section):
     nice: int = Field(default=0, ge=0, le=19, description="Added niceness of the engine's processes.")
 
 
+def _plain_url(url: str) -> str:
+    if not re.fullmatch(r"https?://[^\s@?#]+", url):
+        raise ValueError("give http://HOST:PORT/v1 or https://HOST/v1, without a password (key_env names the key)")
+    return url.rstrip("/")
+
+
+class EndpointSection(Section):
+    """A model that others serve behind an OpenAI-compatible API."""
+
+    url: Annotated[str, AfterValidator(_plain_url)] | None = Field(
+        default=None, description="Its address, with the path before /chat/completions, as in http://host:8000/v1."
+    )
+    served_name: str | None = Field(default=None, description="The model's name there.")
+    key_env: str | None = Field(
+        default=None, description="Name of the environment variable that holds its API key; the key is kept nowhere."
+    )
+
+    @model_validator(mode="after")
+    def _whole(self) -> EndpointSection:
+        if self.url is not None and not self.served_name:
+            raise ValueError(f"url={self.url!r} needs served_name: the model's name there")
+        if self.url is None and (self.served_name or self.key_env):
+            raise ValueError("served_name and key_env belong to a url; set it too")
+        return self
+
+
 class GatewaySection(Section):
     """The limits hold for each gateway replica by itself."""
 
@@ -154,7 +180,9 @@ class LoraSection(Section):
     in_batch: int = Field(default=4, ge=2, description="Adapters that one step of the engine can serve.")
 
 
-class JudgeSection(EngineSection):
+class JudgeSection(EngineSection, EndpointSection):
+    """With a url its questions are asked there; then its own engine, if needed at all, only scores tokens."""
+
     engine: Literal["own", "policy"] = Field(
         default="own", description="`policy`: the policy's engine without its adapter; then the engine's keys are its."
     )
@@ -168,6 +196,11 @@ class JudgeSection(EngineSection):
         default=60.0,
         ge=0,
         description="So long a turn with explicit feedback waits for a next message.",
+    )
+    session_idle_s: float = Field(
+        default=600.0,
+        gt=0,
+        description="A session in which nothing is said for so long has ended (learning.experience).",
     )
     nice: int = Field(default=5, ge=0, le=19)
 
@@ -197,10 +230,13 @@ class LearningSection(Section):
     difference_clip: float = Field(
         default=1.0, gt=0, description="C: bound on teacher - behaviour log-probability (topk and token)."
     )
-    teacher: Literal["frozen", "current"] = "frozen"
+    teacher: Literal["frozen", "current", "external"] = "frozen"
     teacher_top: int = Field(default=20, ge=1, le=100, description="Teacher's tokens scored per position.")
     hint_rule: Literal["sequence", "token", "shortest", "longest", "random"] = "sequence"
     max_hints: int = Field(default=3, ge=1)
+    experience: bool = Field(
+        default=False, description="Distil what a whole session teaches when it has ended, instead of hints by turn."
+    )
     process_weight: float = Field(
         default=0.0,
         ge=0,
@@ -417,6 +453,7 @@ class Config(Section):
     policy: PolicySection = PolicySection()
     judge: JudgeSection = JudgeSection()
     lora: LoraSection | None = Field(default=None, description="Without this section all weights are trained.")
+    teacher: EndpointSection = EndpointSection()
     learning: LearningSection = LearningSection()
     buffer: BufferSection = BufferSection()
     trainer: TrainerSection = TrainerSection()
@@ -424,6 +461,12 @@ class Config(Section):
     gate: GateSection = GateSection()
     chat: ChatSection = ChatSection()
     pools: tuple[PoolSection, ...] = Field(default=(), description="Environments to train on, each as `[[pools]]`.")
+
+    @property
+    def initial_weights_score(self) -> bool:
+        """Whether an engine with them is needed, beside whoever judges: the frozen teacher, or the KL reference."""
+        learning = self.learning
+        return learning.kl_weight > 0 or (learning.method != "rl" and learning.teacher == "frozen")
 
     @model_validator(mode="after")
     def _agree(self) -> Config:
@@ -433,14 +476,11 @@ class Config(Section):
                 f"learning.support={self.learning.support} needs as many captured tokens, but "
                 f"policy.support={self.policy.support}; raise policy.support"
             )
-        scored_by_judge = self.learning.kl_weight > 0 or (
-            self.learning.method != "rl" and self.learning.teacher == "frozen"
-        )
-        if self.judge.engine == "own" and scored_by_judge and self.judge.model != self.policy.model:
+        if self.judge.engine == "own" and self.initial_weights_score and self.judge.model != self.policy.model:
             raise ValueError(
                 "the frozen teacher and the KL reference are the judge's engine, which must hold the policy's initial "
-                f"weights, but judge.model={self.judge.model!r} and policy.model={self.policy.model!r}; use one model, "
-                "or set learning.teacher=current and learning.kl_weight=0"
+                f"weights, but judge.model={self.judge.model!r} and policy.model={self.policy.model!r}; use one model "
+                "(judge.url lets another one judge), or set learning.teacher=current and learning.kl_weight=0"
             )
         if self.judge.engine == "policy" and self.lora is None:
             raise ValueError(
@@ -451,6 +491,19 @@ class Config(Section):
             raise ValueError(
                 f"journal.keep_days={self.journal.keep_days:g} deletes samples that training has passed over, which "
                 f"buffer.replay_fraction={self.buffer.replay_fraction:g} would still train on; unset one of them"
+            )
+        if (self.learning.teacher == "external") != (self.teacher.url is not None):
+            raise ValueError(
+                f"learning.teacher={self.learning.teacher} and teacher.url={self.teacher.url} do not go together; "
+                "set learning.teacher=external and the url of a vLLM server, or neither"
+            )
+        if self.learning.experience and (
+            self.learning.method == "rl" or (self.learning.method != "opd" and self.learning.baseline != "none")
+        ):
+            raise ValueError(
+                f"learning.experience=true with method={self.learning.method}, baseline={self.learning.baseline}: it "
+                "distils, and samples are made as sessions end, which is no order for a running baseline; "
+                "set learning.method=opd, or hybrid with learning.baseline=none"
             )
         names = [pool.name for pool in self.pools]
         if len(set(names)) < len(names):

@@ -7,6 +7,7 @@ Knows every component's constructor and share of the machine; nothing else does.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -35,9 +36,11 @@ from clawrl.rollout.collector import Collector
 from clawrl.rollout.pool import Pool
 from clawrl.rollout.worker import agent_of, make_env, own_key, start_worker
 from clawrl.serving import app
+from clawrl.serving.endpoint import key_of
 from clawrl.serving.keys import FILE, KeyRing, require_keys_beyond_loopback
 from clawrl.serving.local import is_loopback
 from clawrl.serving.redaction import Redactor
+from clawrl.serving.teacher import OutsideTeacher, require_teacher
 from clawrl.training.adapter import require_targets
 from clawrl.training.buffer import ReplayBuffer
 from clawrl.training.trainer import TrainLoop, run_trainer
@@ -143,9 +146,11 @@ class System:
         start_serve()
         serve.run(application, name=app.APPLICATION, logging_config=_QUIET_SERVE)
         judge = serve.get_deployment_handle(app.judge_name(config), app.APPLICATION)
-        policy = serve.get_deployment_handle("policy", app.APPLICATION)
+        teacher = serve.get_deployment_handle("policy", app.APPLICATION)
+        if config.learning.teacher == "external":
+            teacher = self._actor("teacher", OutsideTeacher, config.teacher, config.judge.timeout_s)
         self._actor(
-            "collector", self.collector, journal, judge, policy, config.judge, config.learning, config.gate.share
+            "collector", self.collector, journal, judge, teacher, config.judge, config.learning, config.gate.share
         )
         self._actor("watch", Watch, config.gate, journal, store)
         loop = TrainLoop(
@@ -232,6 +237,8 @@ def check(config: Config) -> None:
             raise ConfigError(f"{section}.model: {error}") from None
     if config.lora is not None:
         require_targets(config.lora, config.policy.model)
+    for section in (config.judge, config.teacher):
+        key_of(section)
     Redactor(config.privacy)
     load_method(config.learning)
     for pool in config.pools:
@@ -243,6 +250,8 @@ def check(config: Config) -> None:
         require_port(config)
     if config.journal.url != "sqlite":
         _known_versions(config.journal.url)
+    if config.learning.teacher == "external":
+        asyncio.run(require_teacher(config.teacher, config.policy.model, config.learning.teacher_top))
     root = Path(config.run_root).resolve()
     existing = next(folder for folder in (root, *root.parents) if folder.exists())
     free = shutil.disk_usage(existing).free // 2**20

@@ -195,6 +195,15 @@ class ScriptedJudge(ScriptedPolicy):
         """The scripted verdict, without hints."""
         return replace(await self.judge(turn, next_state), hints=())
 
+    async def lesson(
+        self, exchanges: Sequence[tuple[Turn, NextState | None]], hints: tuple[tuple[str, ...], ...]
+    ) -> str | None:
+        """Every hint of the session. Raises JudgeError where one of them is `fail`."""
+        every = [hint for of_turn in hints for hint in of_turn]
+        if "fail" in every:
+            raise JudgeError("the script says so")
+        return "; ".join(every) or None
+
     async def most_at_once(self) -> int:
         """The largest number of turns judged side by side so far."""
         return self._most_at_once

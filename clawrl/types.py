@@ -153,6 +153,17 @@ class Judgement:
     seconds: float
     error: str | None  # why the judge abstained altogether (timeout, engine failure)
     at: float
+    deferred: bool = False  # the turn's sample waits for what its whole session teaches, see Lesson
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What a session that has ended teaches one of its turns: rules in words, which the teacher reads."""
+
+    turn: str
+    text: str | None  # None: it teaches nothing
+    error: str | None  # why the judge wrote nothing (timeout, engine failure)
+    at: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)

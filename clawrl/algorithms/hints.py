@@ -28,6 +28,13 @@ def with_hint(messages: Sequence[Message], hint: str) -> list[Message]:
     raise ValueError("a hint needs a user message to stand in, and the prompt has none; drop the distillation term")
 
 
+def with_note(messages: Sequence[Message], note: str) -> list[Message]:
+    """A copy of `messages` with the note at the end of its system message, or as one; the input is left as it was."""
+    if messages and messages[0].get("role") in ("system", "developer"):
+        return [{**messages[0], "content": _append(messages[0].get("content"), f"\n\n{note}")}, *messages[1:]]
+    return [{"role": "system", "content": note}, *messages]
+
+
 def overlaps(student_top_ids: np.ndarray, teacher_top_ids: Sequence[np.ndarray]) -> np.ndarray:
     """i32[H, T]: how many of the student's top tokens (i32[T, k]) are among the teacher's (i32[T, K]), per hint."""
     counts = [(student_top_ids[:, :, None] == top[:, None, :]).any(-1).sum(-1) for top in teacher_top_ids]

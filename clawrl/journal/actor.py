@@ -170,6 +170,14 @@ class Journal:
         """All, oldest first."""
         return await self._read(self._store.comparisons)
 
+    async def sessions_to_distil(self, before: float, limit: int) -> list[tuple[str, str]]:
+        """See JournalReader.sessions_to_distil."""
+        return await self._read(self._store.sessions_to_distil, before, limit)
+
+    async def exchanges(self, user: str, session: str) -> list[tuple[Turn, NextState | None, Judgement | None, bool]]:
+        """A session's main turns, what followed each, how it was judged, and whether its sample waits for the end."""
+        return await self._read(self._store.exchanges, user, session)
+
     async def held_out(self, limit: int) -> list[tuple[Sample, int | None]]:
         """The newest held-out samples, newest first, and how their turns were judged."""
         return await self._read(self._store.held_out, limit)

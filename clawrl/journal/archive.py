@@ -184,7 +184,8 @@ def _unreadable(connection: Connection) -> Iterator[str]:
 
 
 def _orphans(connection: Connection) -> Iterator[str]:
-    for name, key in (("next_states", "turn"), ("judgements", "turn"), ("feedback", "turn"), ("samples", "id")):
+    keys = {"next_states": "turn", "judgements": "turn", "lessons": "turn", "feedback": "turn", "samples": "id"}
+    for name, key in keys.items():
         query = f"SELECT count(*) FROM {name} r WHERE NOT EXISTS (SELECT 1 FROM turns t WHERE t.id = r.{key})"
         if number := connection.scalar(text(query)):
             yield f"{number} {name} of turns that are not there"

@@ -28,6 +28,7 @@ from clawrl.journal.tables import (
     ERASURES,
     FEEDBACK,
     JUDGEMENTS,
+    LESSONS,
     NEXT_STATES,
     PINS,
     SAMPLES,
@@ -37,10 +38,10 @@ from clawrl.journal.tables import (
 )
 from clawrl.types import Consent, Erasure
 
-CONTENT = (NEXT_STATES, JUDGEMENTS, SAMPLES, FEEDBACK, TURNS)
+CONTENT = (NEXT_STATES, JUDGEMENTS, LESSONS, SAMPLES, FEEDBACK, TURNS)
 """Tables that hold words of people or models, or their tokens."""
 
-_TURN_OF = {NEXT_STATES: "turn", JUDGEMENTS: "turn", FEEDBACK: "turn", SAMPLES: "id"}
+_TURN_OF = {NEXT_STATES: "turn", JUDGEMENTS: "turn", LESSONS: "turn", FEEDBACK: "turn", SAMPLES: "id"}
 _ROWS = 500
 """Ids in one statement; SQLite takes some thousands of parameters."""
 

@@ -95,7 +95,16 @@ _TO_7 = [  # the teacher's likeliest tokens, as the divergence from it needs the
     f"ALTER TABLE samples ADD COLUMN teacher_top_{field} {{blob}}" for field in ("ids", "logprobs", "weights")
 ]
 
-STEPS: dict[int, list[str]] = {1: _TO_2, 2: _TO_3, 3: _TO_4, 4: _TO_5, 5: _TO_6, 6: _TO_7}
+_TO_8 = [  # sessions teach: samples that wait for their end, and what was learnt from them
+    "ALTER TABLE judgements ADD COLUMN deferred BOOLEAN DEFAULT FALSE NOT NULL",
+    "CREATE TABLE lessons ({seq}, turn TEXT NOT NULL, text TEXT, error TEXT, at DOUBLE PRECISION NOT NULL)",
+    "CREATE UNIQUE INDEX lessons_turn ON lessons (turn)",
+    """CREATE TABLE undistilled (
+        seq {whole} PRIMARY KEY NOT NULL, turn TEXT NOT NULL UNIQUE,
+        FOREIGN KEY (seq) REFERENCES judgements (seq) ON DELETE CASCADE)""",
+]
+
+STEPS: dict[int, list[str]] = {1: _TO_2, 2: _TO_3, 3: _TO_4, 4: _TO_5, 5: _TO_6, 6: _TO_7, 7: _TO_8}
 """Statements that lead from a schema to the next."""
 
 

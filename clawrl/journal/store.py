@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Select, delete, func, insert, inspect, select, update
+from sqlalchemy import Connection, Select, TextClause, delete, func, insert, inspect, select, update
 
 from clawrl.errors import JournalError, WithdrawnError
 from clawrl.journal import erasure, queues
@@ -24,6 +24,7 @@ from clawrl.journal.tables import (
     EPISODES,
     FEEDBACK,
     JUDGEMENTS,
+    LESSONS,
     META,
     METADATA,
     NEXT_STATES,
@@ -33,6 +34,7 @@ from clawrl.journal.tables import (
     SWAPS,
     TURNS,
     UNCOMPARED,
+    UNDISTILLED,
     UNJUDGED,
     UNTRAINED,
     VERSIONS,
@@ -47,6 +49,7 @@ from clawrl.types import (
     Feedback,
     GateDecision,
     Judgement,
+    Lesson,
     NextState,
     Pin,
     Sample,
@@ -61,6 +64,9 @@ Write = Callable[[Connection], None]
 """One caller's rows, written all or none, in a transaction that others may share."""
 
 _IN_ONE_QUERY = 500  # ids; databases bound the number of parameters
+
+_OF_A_TURN = (NEXT_STATES.c.turn, JUDGEMENTS.c.turn, LESSONS.c.turn, FEEDBACK.c.turn, SAMPLES.c.id)
+"""What is said of a turn, by the column that names it."""
 
 _COUNTED: dict[Any, list[tuple]] = {
     TURNS.c.seq: [("turns",), ("main_turns", TURNS.c.kind == "main")],
@@ -251,6 +257,39 @@ class JournalReader:
     def comparisons(self) -> list[Comparison]:
         return self._all(Comparison)
 
+    def sessions_to_distil(self, before: float, limit: int) -> list[tuple[str, str]]:
+        """(user, session) of those with turns whose samples wait for their end, and that have ended.
+
+        Ended says the client, or that nothing was said in it since `before` (seconds since the epoch).
+        """
+        query = queues.SESSIONS_TO_DISTIL.bindparams(before=before, number=limit)
+        return [(row["user"], row["session"]) for row in self._rows(query)]
+
+    def exchanges(self, user: str, session: str) -> list[tuple[Turn, NextState | None, Judgement | None, bool]]:
+        """A session's main turns, what followed each, how it was judged, and whether its sample waits for the end.
+
+        Oldest first, without those withdrawn.
+        """
+        query = (
+            select(TURNS.table, NEXT_STATES.table, JUDGEMENTS.table, UNDISTILLED.c.turn.label("waits"))
+            .outerjoin(NEXT_STATES.table, NEXT_STATES.c.turn == TURNS.c.id)
+            .outerjoin(JUDGEMENTS.table, JUDGEMENTS.c.turn == TURNS.c.id)
+            .outerjoin(UNDISTILLED, UNDISTILLED.c.turn == TURNS.c.id)
+            .outerjoin(WITHDRAWN, WITHDRAWN.c.turn == TURNS.c.id)
+            .where(TURNS.c.user == user, TURNS.c.session == session)
+            .where(TURNS.c.kind == "main", WITHDRAWN.c.turn.is_(None))
+            .order_by(TURNS.c.seq)
+        )
+        return [
+            (TURNS.decode(row), NEXT_STATES.decode(row), JUDGEMENTS.decode(row), row["waits"] is not None)
+            for row in self._rows(query)
+        ]
+
+    def lesson(self, turn: str) -> Lesson | None:
+        """What the turn's session taught it."""
+        rows = self._rows(select(LESSONS.table).where(LESSONS.c.turn == turn))
+        return LESSONS.decode(rows[0]) if rows else None
+
     def held_out(self, limit: int) -> list[tuple[Sample, int | None]]:
         """The newest held-out samples, newest first, and how their turns were judged."""
         query = (
@@ -304,6 +343,17 @@ class JournalReader:
         """What was said of a turn, oldest first."""
         query = select(FEEDBACK.table).where(FEEDBACK.c.turn == turn).order_by(FEEDBACK.c.seq)
         return [FEEDBACK.decode(row) for row in self._rows(query)]
+
+    def labelled(self) -> list[tuple[Judgement, Feedback]]:
+        """Judged turns of which something was said explicitly, once for each time, oldest first; none withdrawn."""
+        query = (
+            select(JUDGEMENTS.table, FEEDBACK.table)
+            .join(FEEDBACK.table, FEEDBACK.c.turn == JUDGEMENTS.c.turn)
+            .outerjoin(WITHDRAWN, WITHDRAWN.c.turn == JUDGEMENTS.c.turn)
+            .where(WITHDRAWN.c.turn.is_(None))
+            .order_by(FEEDBACK.c.seq)
+        )
+        return [(JUDGEMENTS.decode(row), FEEDBACK.decode(row)) for row in self._rows(query)]
 
     def unanswered_feedback(self, after: int, before: float, limit: int) -> tuple[int, list[str]]:
         """Main turns that nothing followed, of which something was said before `before` (seconds since the epoch).
@@ -413,7 +463,7 @@ class JournalReader:
         records = RECORD_TABLES[kind]
         return [records.decode(row) for row in self._rows(select(records.table).order_by(records.c.seq))]
 
-    def _rows(self, query: Select) -> list[Any]:
+    def _rows(self, query: Select | TextClause) -> list[Any]:
         def read() -> list[Any]:
             with self.database.reader.connect() as connection:
                 return list(connection.execute(query).mappings())
@@ -604,7 +654,7 @@ class JournalStore(JournalReader):
         def write(connection: Connection) -> None:
             waiting = queues.waiting(connection, old)
             doomed = [id for id in old if id not in waiting]
-            for key in (NEXT_STATES.c.turn, JUDGEMENTS.c.turn, FEEDBACK.c.turn, SAMPLES.c.id, TURNS.c.id):
+            for key in (*_OF_A_TURN, TURNS.c.id):
                 connection.execute(delete(key.table).where(key.in_(doomed)))
 
         self.write(write)

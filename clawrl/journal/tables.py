@@ -41,6 +41,7 @@ from clawrl.types import (
     Feedback,
     GateDecision,
     Judgement,
+    Lesson,
     NextState,
     Pin,
     Sample,
@@ -50,7 +51,7 @@ from clawrl.types import (
     WeightVersion,
 )
 
-SCHEMA = 7
+SCHEMA = 8
 """Number of the layout below. A change to a table raises it and adds the step that brings an older journal here."""
 
 METADATA = MetaData()
@@ -220,6 +221,7 @@ NO_TOKENS = _to_npy(NOT_KEPT.prompt_ids)
 Index("turns_key", TURNS.c.key, unique=True)
 NEXT_STATES = RecordTable("next_states", NextState, unique=("turn",))
 JUDGEMENTS = RecordTable("judgements", Judgement, unique=("turn",))
+LESSONS = RecordTable("lessons", Lesson, unique=("turn",))
 SAMPLES = RecordTable("samples", Sample, unique=("id",), indexes=(("held_out", "seq"),))
 VERSIONS = RecordTable("versions", WeightVersion, unique=("number",))
 FEEDBACK = RecordTable("feedback", Feedback, unique=("id",), indexes=(("turn",),))
@@ -240,6 +242,7 @@ RECORD_TABLES: dict[type, RecordTable] = {
         TURNS,
         NEXT_STATES,
         JUDGEMENTS,
+        LESSONS,
         SAMPLES,
         VERSIONS,
         FEEDBACK,
@@ -270,6 +273,12 @@ UNTRAINED = Table(  # what `samples_to_train` finds
     METADATA,
     Column("seq", _Seq, ForeignKey(SAMPLES.c.seq, ondelete="CASCADE"), primary_key=True, autoincrement=False),
     Column("sample", Text, nullable=False, unique=True),
+)
+UNDISTILLED = Table(  # turns whose samples wait for the end of their sessions, see `sessions_to_distil`
+    "undistilled",
+    METADATA,
+    Column("seq", _Seq, ForeignKey(JUDGEMENTS.c.seq, ondelete="CASCADE"), primary_key=True, autoincrement=False),
+    Column("turn", Text, nullable=False, unique=True),
 )
 WITHDRAWN = Table(
     "withdrawn",  # turns that never train again: opted out later, or erased; what comes late about them is ignored

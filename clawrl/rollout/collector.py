@@ -1,6 +1,6 @@
 """The collector: judges what followed each turn, has the reply scored, and appends judgement and sample together.
 
-Knows the journal, the judge and the policy by their calls. Ignores how a judge thinks, what a trainer does and how
+Knows the journal, the judge and the teacher by their calls. Ignores how a judge thinks, what a trainer does and how
 advantages are computed (`samples`, `algorithms`). It is a view of the journal: killed at any moment, it comes back
 and judges whatever has no judgement yet.
 
@@ -17,6 +17,9 @@ nothing follows is judged by it alone, `judge.feedback_wait_s` after it came.
 
 Environments. Turns of a group of attempts are not judged here: `comparing` runs beside this flow, and asks for votes on
 their steps where `learning.process_weight` says so.
+
+Sessions. With `learning.experience` a turn's sample waits until its session has ended (`experience`): then what the
+whole session teaches takes the place of the turn's own hints.
 
 Failures. A call that fails because its replica is gone is repeated until `judge.timeout_s` has passed; only then does
 the turn abstain. A teacher or reference that fails drops its own term. A journal that fails is asked again until it
@@ -38,12 +41,13 @@ from typing import Any, TypeVar
 from ray.exceptions import RayTaskError
 
 from clawrl.algorithms.advantages import RunningBaseline
-from clawrl.algorithms.hints import with_hint
+from clawrl.algorithms.hints import with_hint, with_note
 from clawrl.config import JudgeSection, LearningSection
 from clawrl.errors import ClawrlError
 from clawrl.observe import metric
 from clawrl.rollout.comparing import Comparer
-from clawrl.rollout.samples import build_sample, is_held_out, needs_scores, require_complete
+from clawrl.rollout.experience import Distiller, Exchange
+from clawrl.rollout.samples import build_sample, is_held_out, needs_scores, require_complete, trains
 from clawrl.types import Feedback, Judgement, NextState, Sample, Scores, Turn
 
 log = logging.getLogger(__name__)
@@ -64,9 +68,10 @@ _Answer = TypeVar("_Answer")
 
 
 class Collector:
-    """Async actor. `journal`, `judge` and `policy` are handles: `await handle.method.remote(...)`.
+    """Async actor. `journal`, `judge` and `teacher` are handles: `await handle.method.remote(...)`.
 
-    The judge's model is the policy's initial one: it also scores the frozen teacher and the KL reference.
+    The judge holds the policy's initial weights where they score: as the KL reference, and as the frozen teacher. Any
+    other teacher is `teacher`.
     It starts by itself, so that a restarted actor goes on without being told.
     """
 
@@ -74,13 +79,13 @@ class Collector:
         self,
         journal: Any,
         judge: Any,
-        policy: Any,
+        teacher: Any,
         judging: JudgeSection,
         learning: LearningSection,
         held_out_share: float = 0.0,
     ) -> None:
         self._journal, self._judge = journal, judge
-        self._teacher = judge if learning.teacher == "frozen" else policy
+        self._teacher = judge if learning.teacher == "frozen" else teacher
         self._judging, self._learning, self._held_out_share = judging, learning, held_out_share
         self._slots = asyncio.Semaphore(judging.concurrency)
         self._turns: set[asyncio.Task[None]] = set()
@@ -91,8 +96,14 @@ class Collector:
         self._reward: float | None = None
         self._after = 0
         self._comparer = Comparer(journal, learning, self._insist, self._step_reference, self._step)
+        self._distiller = Distiller(journal, judging.session_idle_s, self._insist, self._read, self._taught)
+        # The tiny model heeds a note of the system message in 0.8 to 0.9 of its first replies, and in 0.1 to 0.3 of its
+        # second ones, where a reply of its own speaks against it; what the last user message says, in 0.98 of both.
+        self._advised = with_note if learning.experience and judging.prompts != "tiny" else with_hint
         loop = asyncio.get_running_loop()
-        flows = (self._poll(), self._end_silence(), self._comparer.run())
+        flows = [self._poll(), self._end_silence(), self._comparer.run()]
+        if learning.experience:
+            flows.append(self._distiller.run())
         self._polling = [loop.create_task(each) for each in flows]
         for task in self._polling:
             task.add_done_callback(_report_defect)
@@ -102,8 +113,9 @@ class Collector:
         names = ("judged", "abstained", "hints", "samples", "skipped", "teacher_failures", "reference_failures")
         counts: dict[str, float | None] = {name: self._counts[name] for name in (*names, "retries", "build_failures")}
         compared = {f"compared_{name}": number for name, number in sorted(self._comparer.counts.items())}
+        distilled = {f"distilled_{name}": number for name, number in sorted(self._distiller.counts.items())}
         known = {"in_flight": len(self._turns), "users": len(self._rebuilt), "reward": self._reward}
-        return {**counts, **known, **compared}
+        return {**counts, **known, **compared, **distilled}
 
     async def close(self) -> None:
         """Stop at once; turns in flight have no judgement in the journal and are judged by the next collector."""
@@ -137,10 +149,14 @@ class Collector:
             async with self._slots:
                 judgement = await self._judged(turn, next_state)
                 judgement = with_score(judgement, await self._feedback(turn))
-                teacher, reference = await self._scored(turn, judgement)
+                deferred = self._learning.experience and trains(turn)
+                if deferred:
+                    judgement = replace(judgement, deferred=True)
+                else:
+                    teacher, reference = await self._scored(turn, judgement)
             if earlier is not None:
                 await earlier.wait()
-            sample = await self._build(turn, judgement, teacher, reference)
+            sample = None if deferred else await self._build(turn, judgement, teacher, reference)
             records = (judgement,) if sample is None else (judgement, sample)
             await self._insist(partial(self._journal.append.remote, *records))
             self._count(judgement, sample)
@@ -169,6 +185,26 @@ class Collector:
             log.warning("event=judge_abstains turn=%s error=%s", turn.id, type(error).__name__)
             now = time.time()
             return Judgement(turn.id, (), None, (), judge_version=0, seconds=now - started, error=str(error), at=now)
+
+    async def _read(self, exchanges: Sequence[Exchange]) -> str | None:
+        """What a session teaches, by the judge. Raises if there is no answer in time."""
+        feedback = [await self._feedback(turn) for turn, *_ in exchanges]
+        seen = [
+            (turn, next_state and with_corrections(next_state, said))
+            for (turn, next_state, _, _), said in zip(exchanges, feedback, strict=True)
+        ]
+        hints = tuple(judgement.hints for _, _, judgement, _ in exchanges if judgement is not None)
+        async with self._slots:
+            return await self._insist(
+                partial(self._judge.lesson.remote, seen, hints), timeout_s=self._judging.timeout_s
+            )
+
+    async def _taught(self, turn: Turn, judgement: Judgement, lesson: str | None) -> Sample | None:
+        """The sample of a turn whose session has ended."""
+        judgement = replace(judgement, hints=() if lesson is None else (lesson,))
+        async with self._slots:
+            teacher, reference = await self._scored(turn, judgement)
+        return await self._build(turn, judgement, teacher, reference)
 
     async def _feedback(self, turn: Turn) -> list[Feedback]:
         return await self._insist(partial(self._journal.feedback.remote, turn.id))
@@ -241,7 +277,7 @@ class Collector:
     # -- asking others -----------------------------------------------------------------------------------------------
 
     def _ask_teacher(self, turn: Turn, hint: str) -> Awaitable[Scores]:
-        hinted = tuple(with_hint(turn.messages, hint))
+        hinted = tuple(self._advised(turn.messages, hint))
         return self._teacher.score_messages.remote(
             hinted, turn.tools, turn.template, turn.capture.completion_ids, self._learning.teacher_top,
             initial=self._learning.teacher == "frozen",

@@ -13,7 +13,7 @@ from ray import serve
 from clawrl.config import Config, EngineSection
 from clawrl.serving.admin import Acts
 from clawrl.serving.gateway import Gateway
-from clawrl.serving.judge import Judge, PolicyAndJudge
+from clawrl.serving.judge import Judge, OutsideJudge, PolicyAndJudge
 from clawrl.serving.keys import FILE, KeyRing
 from clawrl.serving.policy import Adapters, Policy
 
@@ -38,13 +38,14 @@ def build(
 
     `here` is the address of the node whose port the gateway opens, as Ray writes it.
     """
-    hints = config.learning.method != "rl"
+    gathers = config.judge.prompts == "tiny"  # other judges read sessions as a whole, and need no hints for it
+    hints = config.learning.method != "rl" and (gathers or not config.learning.experience)
     adapters = None if config.lora is None else Adapters(config.lora, run_directory / ADAPTERS)
     if config.judge.engine == "policy":
         deployment = _engine_deployment(PolicyAndJudge, "policy", config.policy)
         policy = judge = deployment.bind(config.policy, store, adapters, config.judge, hints)
     else:
-        judge = _engine_deployment(Judge, "judge", config.judge).bind(config.judge, hints)
+        judge = _judge_deployment(config).bind(config.judge, hints)
         policy = _engine_deployment(Policy, "policy", config.policy).bind(config.policy, store, adapters)
     told = {"policy": (policy, "status"), "judge": (judge, "status"), **status}
     return bind_gateway(config, policy, journal, told, admin, here)
@@ -55,7 +56,7 @@ def engines(config: Config) -> str:
     policies, judges = config.policy.replicas, config.judge.replicas
     if config.judge.engine == "policy":
         return f"{policies} engine{'s' * (policies > 1)} for policy and judge"
-    return f"{policies} policy and {judges} judge engines"
+    return f"{policies} policy and {judges if has_judge_engine(config) else 0} judge engines"
 
 
 def judge_name(config: Config) -> str:
@@ -78,6 +79,23 @@ def bind_gateway(
     )
     keys = KeyRing(Path(config.run_root).resolve() / FILE)
     return gateway.bind(config.gateway, config.policy, policy, journal, status, admin, config.privacy, keys)
+
+
+def _judge_deployment(config: Config) -> Any:
+    """With an engine, unless questions go elsewhere and there is nothing to score."""
+    if has_judge_engine(config):
+        return _engine_deployment(Judge, "judge", config.judge)
+    return serve.deployment(
+        OutsideJudge,
+        name="judge",
+        num_replicas=config.judge.replicas,
+        max_ongoing_requests=1024,
+        ray_actor_options={"num_cpus": CPU_SHARE["judge"]},
+    )
+
+
+def has_judge_engine(config: Config) -> bool:
+    return config.judge.url is None or config.initial_weights_score
 
 
 def _engine_deployment(cls: type, name: str, settings: EngineSection) -> Any:

@@ -2,7 +2,8 @@
 
 Knows the engine and the questions of `judging`. Ignores the journal, baselines and samples: the collector asks,
 a `Judgement` comes back. It holds the initial weights for good, so it is also the frozen teacher and the reference.
-It has an engine of its own (`Judge`), or the policy's, whose versions are adapters (`PolicyAndJudge`).
+It has an engine of its own (`Judge`), or the policy's, whose versions are adapters (`PolicyAndJudge`). With `judge.url`
+another model answers the questions, beside such an engine, or alone where no token is scored (`OutsideJudge`).
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import asyncio
 import logging
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from clawrl.config import JudgeSection, PolicySection
 from clawrl.errors import JudgeError, boundary
 from clawrl.observe import metric
 from clawrl.serving import judging
+from clawrl.serving.endpoint import Endpoint, RefusedError
 from clawrl.serving.engine import Engine, Scorer, start_engine
 from clawrl.serving.policy import Adapters, Policy
 from clawrl.types import Judgement, Message, NextState, Turn
@@ -29,7 +32,7 @@ SHORTEST_VERDICT = 8  # tokens; a question that leaves less room cannot be answe
 
 
 class Judging:
-    """What is asked of the initial weights, whichever engine has them."""
+    """The questions, whoever answers them."""
 
     _engine: Engine
 
@@ -38,12 +41,13 @@ class Judging:
         self._judging = settings
         self._hints = hints
         self._prompts = judging.load_prompts(settings.prompts)
+        self._outside = None if settings.url is None else Endpoint(settings, settings.timeout_s)
 
     async def judge(self, turn: Turn, next_state: NextState) -> Judgement:
         """Votes and hints for one turn, m of each, asked side by side.
 
-        Raises JudgeError when the engine fails. An answer that cannot be read is a vote of None; a question that
-        does not fit into the context abstains.
+        Raises JudgeError when the engine fails, or the model elsewhere is not reached. An answer that cannot be read is
+        a vote of None; a question that does not fit into the context, or is refused, abstains.
         """
         evidence = (self._prompts, turn.messages, turn.reply, next_state)
         questions = [judging.evaluative(*evidence)]
@@ -55,37 +59,71 @@ class Judging:
         """Votes on one step of an episode, in the light of its task and history; otherwise as `judge`."""
         return await self._answered(turn, [judging.step(self._prompts, turn.messages, turn.reply, next_state)])
 
+    async def lesson(
+        self, exchanges: Sequence[tuple[Turn, NextState | None]], hints: tuple[tuple[str, ...], ...]
+    ) -> str | None:
+        """What a whole session teaches, as short rules; None: nothing. `hints` are those found at each turn.
+
+        Raises JudgeError when the engine fails, or the model elsewhere is not reached or refuses.
+        """
+        if self._prompts.lesson is None:
+            return judging.gather_hints(hints)
+        with boundary(JudgeError, "reading a session"):
+            [answer] = await self._ask(judging.lesson(self._prompts, exchanges), votes=1)
+        return judging.parse_list(answer)
+
     async def _answered(self, turn: Turn, questions: list[list[Message]]) -> Judgement:
         """The judgement by the answers to a question for votes and, if there are two, one for hints."""
         started = time.perf_counter()
-        with boundary(JudgeError, f"judging turn {turn.id}"):
-            prompts = [await self._engine.render(question, (), {}) for question in questions]
-            longest = max(len(prompt) for prompt in prompts)
-            if longest + SHORTEST_VERDICT > self._engine.max_model_len:
-                return self._abstain(turn, longest, time.perf_counter() - started)
-            answers = await asyncio.gather(*(self._ask(prompt) for prompt in prompts))
-        votes = tuple(judging.parse_vote(text) for text in answers[0])
+        try:
+            with boundary(JudgeError, f"judging turn {turn.id}"):
+                votes = self._judging.votes
+                answers = await asyncio.gather(*(self._ask(question, votes) for question in questions))
+        except RefusedError as refusal:
+            seconds = time.perf_counter() - started
+            return Judgement(turn.id, (), None, (), INITIAL, seconds, str(refusal), time.time())
+        cast = tuple(judging.parse_vote(text) for text in answers[0])
         hints = judging.dedupe_hints(judging.parse_hint(text) for texts in answers[1:] for text in texts)
         seconds = time.perf_counter() - started
         metric("judge/latency_s").observe(seconds)
-        score = judging.plurality(votes)
-        return Judgement(turn.id, votes, score, hints, INITIAL, seconds, None, time.time())
+        score = judging.plurality(cast)
+        return Judgement(turn.id, cast, score, hints, INITIAL, seconds, None, time.time())
 
-    def _abstain(self, turn: Turn, num_tokens: int, seconds: float) -> Judgement:
-        section = "judge" if self._judging.engine == "own" else "policy"
-        why = f"the question has {num_tokens} tokens; raise {section}.max_model_len={self._engine.max_model_len}"
-        return Judgement(turn.id, (), None, (), INITIAL, seconds, why, time.time())
+    async def _ask(self, question: list[Message], votes: int) -> list[str]:
+        """So many sampled answers to one question. Raises RefusedError for a question that cannot be answered."""
+        if self._outside is None:
+            return await self._ask_engine(await self._engine.render(question, (), {}), votes)
+        asked = [self._ask_outside(self._outside, question) for _ in range(votes)]
+        return await asyncio.gather(*asked)  # not one request with n: few servers know it
 
-    async def _ask(self, prompt_ids: list[int]) -> list[str]:
-        """m sampled answers to one question; the prompt is read once."""
+    async def _ask_outside(self, outside: Endpoint, question: list[Message]) -> str:
+        settings = self._judging
+        body = {
+            "model": settings.served_name,
+            "messages": question,
+            "temperature": settings.temperature,
+            "max_tokens": settings.max_verdict_tokens,
+        }
+        answer = await outside.post(f"{outside.url}/chat/completions", body)
+        try:
+            return answer["choices"][0]["message"]["content"] or ""
+        except (KeyError, IndexError, TypeError):
+            raise RefusedError(f"{outside.url} answers no chat completion; check judge.url") from None
+
+    async def _ask_engine(self, prompt_ids: list[int], votes: int) -> list[str]:
+        """The prompt is read once."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         settings = self._judging
+        limit = self._engine.max_model_len
+        if len(prompt_ids) + SHORTEST_VERDICT > limit:
+            section = "judge" if settings.engine == "own" else "policy"
+            raise RefusedError(f"the question has {len(prompt_ids)} tokens; raise {section}.max_model_len={limit}")
         params = SamplingParams(
-            n=settings.votes,
+            n=votes,
             temperature=settings.temperature,
-            max_tokens=min(settings.max_verdict_tokens, self._engine.max_model_len - len(prompt_ids)),
+            max_tokens=min(settings.max_verdict_tokens, limit - len(prompt_ids)),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         texts: dict[int, str] = {}
@@ -103,7 +141,8 @@ class Judge(Judging, Scorer):
         await self._adopt(await start_engine(settings))
 
     async def status(self) -> dict[str, Any]:
-        return {"model": self._judging.model, "streams": self._engine.streams}
+        asked = {} if self._outside is None else {"asked": self._outside.url}
+        return {"model": self._judging.model, **asked, "streams": self._engine.streams}
 
 
 class PolicyAndJudge(Judging, Policy):
@@ -114,3 +153,13 @@ class PolicyAndJudge(Judging, Policy):
     ) -> None:
         self._judge_with(judging, hints)
         await Policy.__init__(self, settings, store, adapters)
+
+
+class OutsideJudge(Judging):
+    """One replica without an engine: it asks, and can score nothing."""
+
+    async def __init__(self, settings: JudgeSection, hints: bool) -> None:
+        self._judge_with(settings, hints)
+
+    async def status(self) -> dict[str, Any]:
+        return {"model": self._judging.served_name, "asked": self._judging.url}

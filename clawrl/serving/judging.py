@@ -1,11 +1,12 @@
 """What the judge is asked and how its answers are read: pure text in, pure values out.
 
 Knows prompts (`prompts/*.txt`), chat messages and next states. Ignores engines, votes' timing and where the
-answers go. Three questions, after OpenClaw-RL (arXiv:2603.10165, section 3):
+answers go. Three questions, after OpenClaw-RL (arXiv:2603.10165, section 3), and one of a whole session:
 
     evaluative   did the reply do what was asked, given what followed?        -> \\boxed{1 | -1 | 0}
     directive    does what followed say what the reply should have done?      -> \\boxed{1} + hint, or \\boxed{-1}
     step         did this step of a task bring it forward?                    -> \\boxed{1 | -1 | 0}
+    lesson       what should the assistant do, and not do, for this user?     -> \\boxed{1} + list, or \\boxed{-1}
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from pathlib import Path
 from string import Template
 from typing import Any, Literal
 
-from clawrl.types import Message, NextState
+from clawrl.types import Message, NextState, Turn
 
 PromptSet = Literal["tiny", "full"]
 
 _FOLDER = Path(__file__).parent / "prompts"
 _VOTE = re.compile(r"\\boxed\{\s*([+-]?1|0)\s*\}")
 _HINT = re.compile(r"\[HINT_START\](.*?)\[HINT_END\]", re.DOTALL)
+_LIST = re.compile(r"\[LIST_START\](.*?)\[LIST_END\]", re.DOTALL)
 _THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 
 
@@ -38,6 +40,7 @@ class Budget:
     history: int
     reply: int
     next_state: int
+    session: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +58,13 @@ class Prompts:
     evaluative: Prompt
     directive: Prompt
     step: Prompt
+    lesson: Prompt | None  # None: a session's hints, gathered, are what it teaches
     budget: Budget
 
 
 BUDGETS: dict[PromptSet, Budget] = {
-    "tiny": Budget(request=800, history=0, reply=1200, next_state=800),
-    "full": Budget(request=6000, history=12000, reply=16000, next_state=8000),
+    "tiny": Budget(request=800, history=0, reply=1200, next_state=800, session=0),
+    "full": Budget(request=6000, history=12000, reply=16000, next_state=8000, session=40000),
 }
 
 
@@ -68,13 +72,15 @@ BUDGETS: dict[PromptSet, Budget] = {
 def load_prompts(name: PromptSet) -> Prompts:
     """The prompts shipped under `prompts/`: `tiny` is what the tiny model was trained on, `full` is for big models.
 
-    The tiny model has seen tool calls and their results in the evaluative form only: its step is asked for in that.
+    The tiny model has seen tool calls and their results in the evaluative form only: its step is asked for in that. It
+    has never read a session as a whole: what one teaches are the hints that it found in its turns.
     """
     if name not in BUDGETS:
         raise ValueError(f"judge.prompts={name!r} is unknown; choose one of {', '.join(BUDGETS)}")
     evaluative = _load(f"{name}_evaluative")
     step = evaluative if name == "tiny" else _load(f"{name}_step")
-    return Prompts(evaluative, _load(f"{name}_directive"), step, BUDGETS[name])
+    lesson = None if name == "tiny" else _load(f"{name}_lesson")
+    return Prompts(evaluative, _load(f"{name}_directive"), step, lesson, BUDGETS[name])
 
 
 def evaluative(prompts: Prompts, messages: Sequence[Message], reply: Message, next_state: NextState) -> list[Message]:
@@ -90,6 +96,44 @@ def directive(prompts: Prompts, messages: Sequence[Message], reply: Message, nex
 def step(prompts: Prompts, messages: Sequence[Message], reply: Message, next_state: NextState) -> list[Message]:
     """The chat that asks for a vote on one step of an episode, whose task is the first user message of `messages`."""
     return _ask(prompts.step, prompts.budget, _split_task(messages), reply, next_state)
+
+
+def lesson(prompts: Prompts, exchanges: Sequence[tuple[Turn, NextState | None]]) -> list[Message]:
+    """The chat that asks what a whole session teaches."""
+    assert prompts.lesson is not None
+    session = _history_text(transcript(exchanges), prompts.budget.session)
+    text = prompts.lesson.template.safe_substitute(session=session)
+    return [{"role": "system", "content": prompts.lesson.system}, {"role": "user", "content": text}]
+
+
+def transcript(exchanges: Sequence[tuple[Turn, NextState | None]]) -> list[Message]:
+    """What was said in a session, each thing once: requests, replies, and what followed them."""
+    said: list[Message] = []
+    before: Turn | None = None
+    followed: NextState | None = None
+    for turn, next_state in exchanges:
+        if before is None or followed is None or turn.parent != before.id:  # else the request is what followed
+            said += [each for each in _spoken(turn.messages) if each.get("role") == "user"][-1:]
+        said += [turn.reply, *(next_state.messages if next_state is not None else ())]
+        before, followed = turn, next_state
+    return said
+
+
+def gather_hints(hints: Iterable[tuple[str, ...]]) -> str | None:
+    """The shortest hint of each turn, each once, in order of the turns; None where there is none."""
+    first: dict[str, str] = {}
+    for of_turn in hints:
+        if of_turn:
+            first.setdefault(" ".join(of_turn[0].casefold().split()), of_turn[0])
+    return " ".join(first.values()) or None
+
+
+def parse_list(text: str) -> str | None:
+    """The list of an answer whose last vote is 1, a rule a line; None where the judge declined or left it out."""
+    found = _LIST.findall(text)
+    if not found or parse_vote(text) != 1:
+        return None
+    return "\n".join(line for line in map(str.strip, found[-1].splitlines()) if line) or None
 
 
 def parse_vote(text: str) -> int | None:

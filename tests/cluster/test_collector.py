@@ -14,12 +14,14 @@ import ray
 from handles import answer
 from ray.exceptions import RayActorError
 
+from clawrl.algorithms.advantages import topk_distillation
+from clawrl.algorithms.hints import with_hint, with_note
 from clawrl.algorithms.methods import Evidence, TokenTargets
 from clawrl.config import JudgeSection, LearningSection
 from clawrl.journal.actor import Journal
 from clawrl.rollout.collector import Collector
 from clawrl.testing import ScriptedJudge, ScriptedPolicy, next_state
-from clawrl.types import Episode, Feedback, Sample, Turn
+from clawrl.types import Episode, Feedback, NextState, Sample, Turn
 
 pytestmark = pytest.mark.cluster
 
@@ -470,3 +472,110 @@ def test_by_the_outcome_alone_no_judge_is_asked(actors, tmp_path):
     assert house.judgements() == []
     found = {id: round(rewards(sample), 3) for id, sample in house.samples().items()}
     assert found == {"g-a/0": 1.0, "g-a/1": 1.0, "g-b/0": -1.0, "g-b/1": -1.0}
+
+
+NEVER = 1e12  # seconds: the scripted turns are of 1970
+EXPERIENCE = LearningSection(method="opd", support=4, experience=True)
+
+
+def end(house: House, user: str = "ann") -> Turn:
+    """A turn with which its session is over."""
+    turn = house._source.turn([{"role": "user", "content": "the last"}], 6, user=user)
+    house.turns.append(turn)
+    answer(house.journal.append.remote(turn, NextState(turn.id, "user", (), True, 0.0)))
+    return turn
+
+
+def lessons(house: House, number: int, timeout_s: float = 60.0) -> dict[str, tuple[str | None, str | None]]:
+    """(text, error) by turn, once there are so many."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        with closing(sqlite3.connect(house.path)) as connection:
+            found = connection.execute("SELECT turn, text, error FROM lessons ORDER BY seq").fetchall()
+        if len(found) >= number:
+            return {turn: (text, error) for turn, text, error in found}
+        assert time.monotonic() < deadline, f"{len(found)} of {number} turns taught after {timeout_s} s"
+        time.sleep(0.05)
+
+
+def test_what_a_session_teaches_is_learnt_by_all_its_turns_when_it_has_ended(actors, tmp_path):
+    """Even by those at which nothing was hinted; what a teacher says under the list is what each is drawn to."""
+    house = House(actors, tmp_path)
+    house.collect(EXPERIENCE, session_idle_s=NEVER)
+    for script in ("-1 hint: be brief", "+1", "-1 hint: use no list"):
+        house.say(script)
+    house.wait(3)
+    assert (house.samples(), house.stats()["samples"]) == ({}, 0), "judged at once, learnt when it is over"
+    last = end(house)
+    taught = lessons(house, 4)
+    assert taught == {turn.id: ("be brief; use no list", None) for turn in house.turns}
+    samples = house.samples()
+    assert list(samples) == [turn.id for turn in house.turns]
+    for turn in house.turns:
+        sample = samples[turn.id]
+        hinted = tuple(with_hint(turn.messages, "be brief; use no list"))
+        scores = answer(house.judge.score_messages.remote(hinted, (), {}, turn.capture.completion_ids, 20))
+        expected = topk_distillation(
+            turn.capture.completion_ids, turn.capture.top_ids, turn.capture.top_logprobs, scores, 1.0
+        )
+        assert sample.advantages is None
+        assert sample.distillation is not None
+        np.testing.assert_allclose(sample.distillation.advantages[sample.loss_mask], expected.advantages, rtol=1e-5)
+    house.say("-1 hint: be polite")  # it goes on, and ends again
+    end(house)
+    assert len(lessons(house, 6)) == 6
+    assert len(house.samples()) == 6
+    assert lessons(house, 6)[last.id][0] == "be brief; use no list", "what was learnt is not learnt again"
+    stats = house.stats()
+    assert (stats["distilled_sessions"], stats["distilled_samples"], stats["build_failures"]) == (2, 6, 0)
+
+
+def test_a_list_for_a_big_model_is_a_note_of_the_system_message(actors, tmp_path):
+    house = House(actors, tmp_path)
+    house.collect(EXPERIENCE, session_idle_s=NEVER, prompts="full")
+    turn = house.say("-1 hint: be brief")
+    end(house)
+    lessons(house, 2)
+    noted = tuple(with_note(turn.messages, "be brief"))
+    scores = answer(house.judge.score_messages.remote(noted, (), {}, turn.capture.completion_ids, 20))
+    captured = turn.capture
+    expected = topk_distillation(captured.completion_ids, captured.top_ids, captured.top_logprobs, scores, 1.0)
+    sample = house.samples()[turn.id]
+    assert sample.distillation is not None
+    np.testing.assert_allclose(sample.distillation.advantages[sample.loss_mask], expected.advantages, rtol=1e-5)
+
+
+def test_silence_ends_a_session_and_a_judge_that_fails_teaches_nothing(actors, tmp_path):
+    house = House(actors, tmp_path)
+    house.collect(EXPERIENCE, session_idle_s=0.2, timeout_s=1.0)
+    odd = house.say("-1 hint: be \x00 brief \ud83d", user="eve")
+    turn, quiet = house.say("-1 hint: fail"), house.say("+1", user="bob")
+    taught = lessons(house, 3)
+    assert taught[odd.id] == ("be   brief ?", None), "no database stores what was there"
+    assert taught[turn.id][0] is None
+    assert "the script says so" in str(taught[turn.id][1])
+    assert taught[quiet.id] == (None, None)
+    assert set(house.samples()) == {odd.id}
+    assert house.stats()["distilled_failures"] == 1
+
+
+@pytest.mark.processes
+def test_a_killed_collector_teaches_each_turn_once(actors, tmp_path):
+    """Killed while the session waits, and again while its last turn is judged."""
+    house = House(actors, tmp_path)
+    first = house.collect(EXPERIENCE, session_idle_s=NEVER)
+    for script in ("-1 hint: be brief", "+1"):
+        house.say(script)
+    house.wait(2)
+    ray.kill(first)
+    second = house.collect(EXPERIENCE, session_idle_s=NEVER, concurrency=1)
+    house.say("-1 wait:2 hint: use no list")
+    end(house)
+    while answer(house.judge.most_at_once.remote()) < 1:
+        time.sleep(0.02)
+    ray.kill(second)
+    house.collect(EXPERIENCE, session_idle_s=NEVER)
+    taught = lessons(house, 4)
+    assert taught == {turn.id: ("be brief; use no list", None) for turn in house.turns}
+    assert [turn for turn, _, _ in house.judgements()] == [turn.id for turn in house.turns]
+    assert set(house.samples()) == set(taught)

@@ -210,3 +210,11 @@ def test_the_policys_engine_judges_only_where_versions_are_adapters():
     assert config.lora.rank == 8
     with pytest.raises(ConfigError, match=r"lora\.ranks is not a key; allowed here: alpha, in_batch, rank, targets"):
         load_config(None, ["lora.ranks=8"])
+
+
+def test_sessions_are_distilled_where_the_order_of_samples_does_not_matter():
+    for words in ([], ["learning.method=rl"]):
+        with pytest.raises(ConfigError, match=r"set learning\.method=opd, or hybrid with learning\.baseline=none"):
+            load_config(None, ["learning.experience=true", *words])
+    for words in (["learning.method=opd"], ["learning.baseline=none"]):
+        assert load_config(None, ["learning.experience=true", *words]).learning.experience

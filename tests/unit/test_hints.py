@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from clawrl.algorithms.hints import overlaps, select_hint, with_hint
+from clawrl.algorithms.hints import overlaps, select_hint, with_hint, with_note
 
 # Two positions, k = 2. Hint 0 overlaps (1, 0), hint 1 (0, 2), hint 2 (1, 1).
 STUDENT = np.array([[1, 2], [3, 4]], np.int32)
@@ -78,3 +78,14 @@ def test_a_hint_joins_content_in_parts_as_one_more_part():
 def test_a_prompt_without_a_user_message_takes_no_hint():
     with pytest.raises(ValueError, match="needs a user message"):
         with_hint([{"role": "system", "content": "rules"}], "Be brief.")
+
+
+def test_a_note_ends_the_system_message_or_becomes_one():
+    asked = [{"role": "user", "content": "hi"}]
+    [note, *rest] = with_note(asked, "Do be brief.")
+    assert (note, rest) == ({"role": "system", "content": "Do be brief."}, asked)
+    ruled = [{"role": "system", "content": "Rules."}, *asked]
+    [noted, *rest] = with_note(ruled, "Do be brief.")
+    assert noted == {"role": "system", "content": "Rules.\n\nDo be brief."}
+    assert rest == asked
+    assert ruled[0]["content"] == "Rules.", "the input is left as it was"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from clawrl.serving import judging
+from clawrl.testing import ScriptedPolicy
 from clawrl.types import NextState, Role
 
 QUESTION = {"role": "user", "content": "How many pens?"}
@@ -154,3 +157,57 @@ def test_clip_keeps_head_and_tail_within_the_limit(limit, kept):
     text = "abcdefghijklmnopqrst"
     assert judging.clip(text, limit) == kept
     assert len(judging.clip(text, limit)) <= limit
+
+
+def exchange(id: str, asked: str, reply: str, followed: str | None, parent: str | None = None):
+    """A turn and what followed it."""
+    made = replace(
+        ScriptedPolicy().turn([{"role": "system", "content": "Secret rules."}, {"role": "user", "content": asked}]),
+        id=id, parent=parent, reply={"role": "assistant", "content": reply},
+    )  # fmt: skip
+    said = () if followed is None else ({"role": "user", "content": followed},)
+    return made, None if followed is None else NextState(id, "user", said, False, 0.0)
+
+
+def test_a_transcript_says_each_thing_once():
+    """b goes on with a; c is another branch; d goes on with c, of which nothing is known to have followed."""
+    session = [
+        exchange("a", "one", "reply a", "two"),
+        exchange("b", "two", "reply b", "three", parent="a"),
+        exchange("c", "other", "reply c", None, parent="a"),
+        exchange("d", "four", "reply d", None, parent="c"),
+    ]
+    said = [message["content"] for message in judging.transcript(session)]
+    assert said == ["one", "reply a", "two", "reply b", "three", "other", "reply c", "four", "reply d"]
+
+
+def test_a_session_is_read_as_a_whole_within_its_budget():
+    session = [exchange(str(at), f"request {at} " + "x" * 4000, "fine", None) for at in range(30)]
+    system, user = judging.lesson(judging.load_prompts("full"), session)
+    assert system["role"] == "system"
+    assert "request 29 " in user["content"]
+    assert "request 2 " not in user["content"]
+    assert "Secret rules." not in user["content"]
+    assert len(user["content"]) < judging.BUDGETS["full"].session + 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "rules"),
+    [
+        ("\\boxed{1}\n[LIST_START]\n Do a.\n\nDon't b. \n[LIST_END]", "Do a.\nDon't b."),
+        ("\\boxed{-1}\n[LIST_START]Do a.[LIST_END]", None),
+        ("[LIST_START]Do a.[LIST_END]", None),
+        ("\\boxed{1}\n[LIST_START]\n[LIST_END]", None),
+        ("\\boxed{1}\n[LIST_START]cut off", None),
+        ("\\boxed{1}", None),
+    ],
+)
+def test_a_list_needs_a_yes_and_both_markers(text, rules):
+    assert judging.parse_list(text) == rules
+
+
+def test_the_tiny_judge_gathers_the_hints_of_a_session():
+    hints = [("Be brief.", "Write less, please."), (), ("be  brief.",), ("Use plain text.",)]
+    assert judging.gather_hints(hints) == "Be brief. Use plain text."
+    assert judging.gather_hints([(), ()]) is None
+    assert judging.load_prompts("tiny").lesson is None

@@ -26,6 +26,8 @@ ARMS = {
     "hybrid": ("learning.method=hybrid",),
     "rl": ("learning.method=rl",),
     "opd": ("learning.method=opd",),
+    "opd-kl": ("learning.method=opd", "learning.distillation=kl"),
+    "experience": ("learning.method=opd", "learning.experience=true", "judge.session_idle_s=2"),
     "opd-token": ("learning.method=opd", "learning.distillation=token"),
     "random-hint": ("learning.method=hybrid", "learning.hint_rule=random"),
     "hybrid-lora": ("learning.method=hybrid", "lora.rank=16", "judge.engine=policy", "trainer.learning_rate=3e-3"),

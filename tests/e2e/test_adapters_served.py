@@ -49,7 +49,7 @@ def test_adapters_learn_and_no_request_changes_its_weights_midway(adapted: Serve
     asking = threading.Thread(target=ask)
     asking.start()
     try:
-        conversations = asyncio.run(converse(adapted, 120, 12, seed=3))
+        conversations = asyncio.run(converse(adapted, 80, 12, seed=3))
         adapted.wait_for("versions", lambda: adapted.status()["journal"]["versions"] >= 3)
     finally:
         done.set()

@@ -55,7 +55,9 @@ class Engine:
     request keeps the adapter that it began with; an adapter leaves the engine when its last request has ended.
     """
 
-    def __init__(self, llm: Any, renderer: Any, settings: EngineSection, support: int) -> None:
+    def __init__(
+        self, llm: Any, renderer: Any, settings: EngineSection, support: int, adapters_in_batch: int = 0
+    ) -> None:
         self._llm = llm
         self.online_renderer = renderer
         self._settings = settings
@@ -71,6 +73,9 @@ class Engine:
         self._weights = 0  # the version that the weights alone are
         self._adapter: Adapter | None = None  # of new requests; None: the weights alone
         self._adapters = count(1)  # vLLM's numbers for them
+        self._in_batch = adapters_in_batch
+        self._asked: set[Adapter] = set()  # those that requests hold
+        self._let_go = asyncio.Event()
         self._unloading: set[asyncio.Task[None]] = set()
 
     def __getattr__(self, name: str) -> Any:
@@ -276,9 +281,16 @@ class Engine:
     # -- versions as adapters ----------------------------------------------------------------------------------------
 
     async def add_adapter(self, version: int, folder: Path) -> Adapter:
-        """Load the adapter in `folder` (PEFT's files) beside the weights; nothing waits, nobody is served by it yet."""
+        """Load the adapter in `folder` (PEFT's files) beside the weights; nobody is served by it yet.
+
+        While long replies hold as many adapters as the engine can serve at once, the version waits: else its first
+        requests would.
+        """
         from vllm.lora.request import LoRARequest
 
+        while len(self._asked) >= self._in_batch:
+            self._let_go.clear()
+            await self._let_go.wait()
         number = next(self._adapters)
         request = LoRARequest(f"v{version}-{uuid.uuid4().hex}", number, str(folder))
         await self._llm.add_lora(request)
@@ -297,11 +309,15 @@ class Engine:
             yield {}
             return
         adapter.requests += 1
+        self._asked.add(adapter)
         try:
             yield {"lora_request": adapter.request}
         finally:
             adapter.requests -= 1
-            self._unload_if_idle(adapter)
+            if not adapter.requests:
+                self._asked.discard(adapter)
+                self._let_go.set()
+                self._unload_if_idle(adapter)
 
     def _unload_if_idle(self, adapter: Adapter) -> None:
         if not adapter.requests and adapter is not self._adapter:
@@ -416,7 +432,8 @@ async def start_engine(
     except Exception as error:
         raise PolicyError(f"vLLM cannot start model {settings.model!r}: {error}") from error
     await llm.update_weight_version("0")  # every sampled token carries a number, version 0 is the model as configured
-    engine = Engine(llm, _renderer(llm, tool_parser, reasoning_parser), settings, support)
+    in_batch = 0 if lora is None else lora.in_batch
+    engine = Engine(llm, _renderer(llm, tool_parser, reasoning_parser), settings, support, in_batch)
     engine.record("warm-up")
     async for _ in engine.generate({"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=2), "warm-up"):
         pass

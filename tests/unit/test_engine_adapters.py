@@ -1,0 +1,72 @@
+"""When adapters come into an engine and leave it, without one: what is asked of vLLM is written down."""
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from clawrl.config import PolicySection
+from clawrl.serving import engine as module
+from clawrl.serving.engine import Engine
+
+
+class Llm:
+    """Takes adapters and gives them up."""
+
+    def __init__(self) -> None:
+        self.output_processor = SimpleNamespace(add_request=print)
+        self.loaded: list[int] = []
+        self.names: list[str] = []
+
+    async def add_lora(self, request: Any) -> None:
+        self.loaded.append(request.lora_int_id)
+        self.names.append(request.lora_name)
+
+    async def remove_lora(self, number: int) -> None:
+        self.loaded.remove(number)
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    monkeypatch.setattr(module, "UNLOAD_AFTER_S", 0.01)
+    return Engine(Llm(), None, PolicySection(), support=4, adapters_in_batch=2)
+
+
+def folder(root: Path, name: str) -> Path:
+    (root / name).mkdir()
+    return root / name
+
+
+async def test_an_adapter_leaves_with_its_last_request(engine, tmp_path):
+    first = await engine.add_adapter(1, folder(tmp_path, "1"))
+    engine.switch(first)
+    with engine._held(first):
+        engine.switch(await engine.add_adapter(2, folder(tmp_path, "2")))
+        await asyncio.sleep(0.05)
+        assert engine._llm.loaded == [1, 2]
+    await asyncio.sleep(0.05)
+    assert engine._llm.loaded == [2]
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
+    assert engine.version == 2
+
+
+async def test_one_version_loaded_again_has_another_name(engine, tmp_path):
+    for name in ("a", "b"):
+        await engine.add_adapter(7, folder(tmp_path, name))
+    assert len(set(engine._llm.names)) == 2
+
+
+async def test_a_version_waits_while_long_replies_hold_all_places(engine, tmp_path):
+    """A request of a third adapter would wait in the engine; so the third is not switched to."""
+    first = await engine.add_adapter(1, folder(tmp_path, "1"))
+    engine.switch(first)
+    with engine._held(first):
+        second = await engine.add_adapter(2, folder(tmp_path, "2"))
+        engine.switch(second)
+        with engine._held(second):
+            third = asyncio.create_task(engine.add_adapter(3, folder(tmp_path, "3")))
+            await asyncio.sleep(0.05)
+            assert not third.done()
+        assert (await asyncio.wait_for(third, 5)).version == 3

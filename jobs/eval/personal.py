@@ -30,7 +30,7 @@ ARMS = {
     "experience": ("learning.method=opd", "learning.experience=true", "judge.session_idle_s=2"),
     "opd-token": ("learning.method=opd", "learning.distillation=token"),
     "random-hint": ("learning.method=hybrid", "learning.hint_rule=random"),
-    "hybrid-lora": ("learning.method=hybrid", "lora.rank=16", "judge.engine=policy", "trainer.learning_rate=3e-3"),
+    "hybrid-lora": ("learning.method=hybrid", "lora.rank=16", "judge.engine=policy", "trainer.learning_rate=2e-3"),
     "memory": ("chat.memory=true", UNTRAINED),
     "memory-hybrid": ("chat.memory=true", "learning.method=hybrid"),
 }

@@ -21,7 +21,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "cpu_lora.toml"
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = start_server(tmp_path_factory.mktemp("adapted"), "--config", str(CONFIG))
+    server = start_server(tmp_path_factory.mktemp("adapted"), "--config", str(CONFIG), "trainer.learning_rate=3e-3")
     yield server
     if server.process.poll() is None:
         stop_server(server)

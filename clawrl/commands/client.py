@@ -1,4 +1,4 @@
-"""How commands speak to a running clawrl: its status by GET, its acts by POST /admin/<name>.
+"""How commands speak to a running clawrl: its status by GET, its acts by POST /admin/<name>; or read a run's journal.
 
 Knows the gateway's routes and the shape of its errors. Ignores what the acts do.
 """
@@ -6,11 +6,17 @@ Knows the gateway's routes and the shape of its errors. Ignores what the acts do
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from clawrl.errors import ClawrlError
+
+if TYPE_CHECKING:
+    from clawrl.journal.store import JournalReader
 
 GET_S = 10.0
 ACT_S = 300.0
@@ -55,3 +61,20 @@ def post(url: str, name: str, **arguments: Any) -> Any:
 
 def nobody(url: str, reason: object) -> ClawrlError:
     return ClawrlError(f"no clawrl answers at {url} ({reason}); start one with `clawrl serve`, or give --url")
+
+
+def add_journal(parser: argparse.ArgumentParser) -> None:
+    """--run and --journal, for commands that read a journal without its system."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--run", dest="folder", type=Path, metavar="DIR", help="run (default: runs/latest)")
+    which.add_argument("--journal", metavar="URL", help="its journal's URL, as in journal.url")
+
+
+@contextmanager
+def journal_of(options: argparse.Namespace) -> Iterator[JournalReader]:
+    """The journal that `add_journal`'s options name."""
+    from clawrl.journal.store import JournalReader  # the database loads only when needed
+
+    url = options.journal or f"sqlite:///{(options.folder or Path('runs/latest')).resolve() / 'journal.sqlite'}"
+    with closing(JournalReader(url)) as journal:
+        yield journal

@@ -9,16 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from clawrl.algorithms.calibration import Calibration, Verdict, calibrate
-from clawrl.commands.client import add_json
+from clawrl.commands.client import add_journal, add_json, journal_of
 from clawrl.errors import ClawrlError
 from clawrl.types import Feedback, Judgement
 
@@ -30,18 +28,13 @@ def add(commands: Any) -> None:
     """Register the command."""
     about = "how right the judge is, by explicit feedback: accuracy, coverage, calibration"
     parser = commands.add_parser("judge", help=about, description=about)
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--run", dest="folder", type=Path, metavar="DIR", help="run (default: runs/latest)")
-    which.add_argument("--journal", metavar="URL", help="its journal's URL, as in journal.url")
+    add_journal(parser)
     add_json(parser)
     parser.set_defaults(run=_judge)
 
 
 def _judge(options: argparse.Namespace) -> int:
-    from clawrl.journal.store import JournalReader  # the database loads only when needed
-
-    url = options.journal or f"sqlite:///{(options.folder or Path('runs/latest')).resolve() / 'journal.sqlite'}"
-    with closing(JournalReader(url)) as journal:
+    with journal_of(options) as journal:
         found = calibrate(verdicts(journal.labelled()))
     if found.approved + found.refused == 0:
         raise ClawrlError(

@@ -8,15 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from clawrl.commands.client import add_json
+from clawrl.commands.client import add_journal, add_json, journal_of
 
 
 def add(commands: Any) -> None:
@@ -26,18 +24,13 @@ def add(commands: Any) -> None:
     parser.add_argument("--user", metavar="U", help="of this user only")
     parser.add_argument("--session", metavar="S", help="of this session only")
     parser.add_argument("--last", type=int, default=50, metavar="COUNT", help="so many turns (default: 50)")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--run", dest="folder", type=Path, metavar="DIR", help="run (default: runs/latest)")
-    which.add_argument("--journal", metavar="URL", help="its journal's URL, as in journal.url")
+    add_journal(parser)
     add_json(parser)
     parser.set_defaults(run=_sessions)
 
 
 def _sessions(options: argparse.Namespace) -> int:
-    from clawrl.journal.store import JournalReader  # the database loads only when needed
-
-    url = options.journal or f"sqlite:///{(options.folder or Path('runs/latest')).resolve() / 'journal.sqlite'}"
-    with closing(JournalReader(url)) as journal:
+    with journal_of(options) as journal:
         turns = journal.outline(max(1, options.last), options.user, options.session)
     if options.json:
         print(json.dumps(turns, indent=2))

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from clawrl.errors import ConfigError
+from clawrl.types import PolicyScope
 
 
 class Section(BaseModel):
@@ -178,6 +179,23 @@ class LoraSection(Section):
         description="Linear layers that are adapted, by the last part of their name.",
     )
     in_batch: int = Field(default=4, ge=2, description="Adapters that one step of the engine can serve.")
+    in_memory: int = Field(default=32, ge=2, description="Adapters it keeps in memory; others are on the disk.")
+    policy_scope: PolicyScope = Field(
+        default="group",
+        description="group: everyone has one policy together. user: each user their own. hierarchy: both; a user's "
+        "begins with everyone's and is held near to it.",
+    )
+    anchor: float = Field(
+        default=5.0,
+        ge=0,
+        description="Of a hierarchy: a step of a user's adapter takes this · learning_rate of the way to everyone's.",
+    )
+
+    @model_validator(mode="after")
+    def _holds(self) -> LoraSection:
+        if self.in_memory < self.in_batch:
+            raise ValueError(f"in_memory={self.in_memory} is less than in_batch={self.in_batch}; raise it")
+        return self
 
 
 class JudgeSection(EngineSection, EndpointSection):
@@ -247,6 +265,10 @@ class LearningSection(Section):
     normalise: Literal["sample", "token", "constant"] = "sample"
     normalise_length: int = Field(default=512, ge=1, description="Tokens that every reply is divided by if constant.")
 
+    user_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default={}, description="What samples of a user count in a batch of everyone's; 1 where it does not say."
+    )
+
     @model_validator(mode="after")
     def _supported(self) -> LearningSection:
         if self.distillation_support == "student":
@@ -282,11 +304,18 @@ class BufferSection(Section):
     replay_size: int = Field(
         default=1024, ge=1, description="So many of them are kept at most; the oldest are dropped."
     )
+    user_quota: int | None = Field(
+        default=None, ge=1, description="Samples of one user in a batch of everyone's, at most. Unset: without bound."
+    )
 
     @model_validator(mode="after")
     def _smaller(self) -> BufferSection:
         if self.min_batch is not None and self.min_batch > self.batch_size:
             raise ValueError(f"min_batch={self.min_batch} is above batch_size={self.batch_size}; lower it")
+        if self.user_quota is not None and self.min_batch is None:
+            raise ValueError(
+                f"user_quota={self.user_quota} may leave a batch of few users for ever incomplete; set min_batch too"
+            )
         if 0 < self.replay_fraction * self.batch_size < 1:
             raise ValueError(
                 f"replay_fraction={self.replay_fraction:g} of batch_size={self.batch_size} is less than one sample; "
@@ -461,6 +490,11 @@ class Config(Section):
     gate: GateSection = GateSection()
     chat: ChatSection = ChatSection()
     pools: tuple[PoolSection, ...] = Field(default=(), description="Environments to train on, each as `[[pools]]`.")
+
+    @property
+    def policy_scope(self) -> PolicyScope:
+        """Whose policies are trained."""
+        return "group" if self.lora is None else self.lora.policy_scope
 
     @property
     def initial_weights_score(self) -> bool:

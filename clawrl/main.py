@@ -126,7 +126,7 @@ class System:
         store = self._actor(
             "weights", WeightStore, config.versions, journal, str(self.run_directory), config.policy.model, config.lora
         )
-        buffer = self._actor("buffer", ReplayBuffer, config.buffer, journal)
+        buffer = self._actor("buffer", ReplayBuffer, config.buffer, journal, config.policy_scope)
         shutil.rmtree(self.run_directory / app.ADAPTERS, ignore_errors=True)
         say(f"starting {app.engines(config)} (vLLM)")
         told = {"versions": (store, "status"), "buffer": (buffer, "stats"), "journal": (journal, "counts")}
@@ -150,7 +150,15 @@ class System:
         if config.learning.teacher == "external":
             teacher = self._actor("teacher", OutsideTeacher, config.teacher, config.judge.timeout_s)
         self._actor(
-            "collector", self.collector, journal, judge, teacher, config.judge, config.learning, config.gate.share
+            "collector",
+            self.collector,
+            journal,
+            judge,
+            teacher,
+            config.judge,
+            config.learning,
+            config.gate.share,
+            config.policy_scope,
         )
         self._actor("watch", Watch, config.gate, journal, store)
         loop = TrainLoop(

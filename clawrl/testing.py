@@ -103,8 +103,9 @@ class ScriptedPolicy:
         top: int,
         *,
         initial: bool = False,
+        user: str = "",
     ) -> Scores:
-        """Log-probabilities of exact reply ids after rendered messages."""
+        """Log-probabilities of exact reply ids after rendered messages, the same for every user."""
         return await self.score_ids(render(messages, tools, template), completion_ids, top, initial=initial)
 
     def turn(

@@ -23,6 +23,11 @@ Role = Literal["user", "tool", "env"]
 EpisodeStatus = Literal["done", "truncated", "timeout", "error", "lost"]
 """Ended by itself; cut short by a limit, or its agent broke off; out of time; something broke; its worker died."""
 VersionState = Literal["candidate", "serving", "retired", "rejected"]
+PolicyScope = Literal["group", "user", "hierarchy"]
+"""Who has a policy of their own: everyone one together, each user, or both."""
+
+GROUP = ""
+"""The scope of the policy that everyone has together; any other is the name of the user who alone has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +235,7 @@ class Sample:
     at: float
     held_out: bool = False  # never trained on: the gate measures candidates with it
     teacher_top: TeacherTop | None = None  # None: no divergence from a teacher
+    policy_scope: PolicyScope = "group"  # whose policies learn from it, each once: everyone's, the user's, or both
 
     def __post_init__(self) -> None:
         length = len(self.token_ids)
@@ -281,6 +287,14 @@ class Publication:
     num_buckets: int
     canary: Canary
     adapter: dict[str, Any] | None = None  # PEFT's description, where the tensors are an adapter's
+    scope: str = GROUP  # whose requests it is for
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawal:
+    """What a serving replica is told of a user who has no policy of their own any more: they get everyone's."""
+
+    scope: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -294,6 +308,7 @@ class WeightVersion:
     samples: tuple[str, ...]  # ids of the samples that made it
     metrics: dict[str, float]
     at: float
+    scope: str = GROUP  # whose policy it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,6 +399,7 @@ class Batch:
 
     step: int
     samples: tuple[Sample, ...] = field(default_factory=tuple)
+    scope: str = GROUP  # whose policy learns from it
 
 
 def _require_rows(record: str, rows: int, **arrays: np.ndarray) -> None:

@@ -60,7 +60,7 @@ class Echo:
         """The assistant's message; a script of one's own overrides this."""
         return {"role": "assistant", "content": self._says(content_text(body["messages"][-1].get("content")))}
 
-    def chat(self, body: dict[str, Any], request: str) -> "Pieces":
+    def chat(self, body: dict[str, Any], request: str, user: str = "") -> "Pieces":
         message, id = self.reply(body), f"chatcmpl-{request}"
         said = json.dumps(message) if message.get("tool_calls") else message["content"]
         reason = "tool_calls" if message.get("tool_calls") else "stop"
@@ -78,13 +78,13 @@ class Echo:
         head = {"id": id, "object": "chat.completion.chunk", "created": int(time.time())}
         return Pieces(said, [f"data: {json.dumps({**head, **chunk})}\n\n" for chunk in chunks])
 
-    def complete(self, body: dict[str, Any], request: str) -> "Pieces":
+    def complete(self, body: dict[str, Any], request: str, user: str = "") -> "Pieces":
         said = self._says(str(body["prompt"]))
         choice = {"index": 0, "text": said, "finish_reason": "stop"}
         answer = json.dumps({"id": f"cmpl-{request}", "object": "text_completion", "model": "m", "choices": [choice]})
         return Pieces(said, [f"data: {answer}\n\n" if body.get("stream") else answer])
 
-    def respond(self, body: dict[str, Any], request: str) -> "Pieces":
+    def respond(self, body: dict[str, Any], request: str, user: str = "") -> "Pieces":
         given = body["input"]
         said = self._says(given if isinstance(given, str) else str(given[-1].get("content")))
         item = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": said}]}

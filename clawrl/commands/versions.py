@@ -27,9 +27,13 @@ def add(commands: Any) -> None:
     versions.add_argument("--last", type=int, default=20, metavar="COUNT", help="the newest so many (default: 20)")
     add_json(versions)
     rollback = _command(
-        commands, "rollback", _rollback, "serve and train on from an earlier version; all newer ones are rejected"
+        commands,
+        "rollback",
+        _rollback,
+        "serve and train on from an earlier version; all newer ones, and what came from them, are rejected",
     )
     rollback.add_argument("number", type=int, nargs="?", help="the version (default: the serving one's parent)")
+    rollback.add_argument("--user", help="whose own policy goes back (default: the one that the version is of)")
     rollback.add_argument("--reason", help="why, kept in the journal")
     pin = _command(commands, "pin", _pin, "keep a version's checkpoint for good")
     pin.add_argument("number", type=int)
@@ -55,11 +59,16 @@ def _versions(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(entries, indent=2))
         return 0
-    table = Table("version", "from", "state", "made", "samples", "loss", "kl", "on disk", "why", box=None)
-    for entry in entries:
+    whose = [(entry["scope"] or "everyone",) for entry in entries]
+    if {("everyone",)}.issuperset(whose):  # so it goes without saying
+        whose = [()] * len(entries)
+    own = ("whose",) if any(whose) else ()
+    table = Table("version", *own, "from", "state", "made", "samples", "loss", "kl", "on disk", "why", box=None)
+    for entry, user in zip(entries, whose, strict=True):
         state, decision = entry["state"], entry["decision"]
         table.add_row(
             str(entry["number"]),
+            *map(escape, user),
             _shown(entry["parent"]),
             f"[{_COLOURS.get(state, 'dim')}]{state}[/]",
             _when(entry["at"]),
@@ -79,7 +88,7 @@ def _decided(decision: dict[str, Any]) -> str:
 
 
 def _rollback(options: argparse.Namespace) -> int:
-    answer = post(options.url, "rollback", number=options.number, reason=options.reason)
+    answer = post(options.url, "rollback", number=options.number, reason=options.reason, user=options.user)
     rejected = " ".join(map(str, answer["rejected"])) or "none"
     print(f"version {answer['serving']} serves; rejected: {rejected}; the next version will be {answer['next']}")
     return 0

@@ -25,6 +25,7 @@ from clawrl.journal.erasure import Content
 from clawrl.journal.store import JournalStore, Write
 from clawrl.observe import metric
 from clawrl.types import (
+    GROUP,
     Comparison,
     Consent,
     Episode,
@@ -150,8 +151,10 @@ class Journal:
         """Unjudged main turns and what followed, with the next state's seq (> after); [] after `timeout_s`."""
         return await self._poll(NextState, timeout_s, self._store.pairs_to_judge, after, limit)
 
-    async def samples_to_train(self, after: int, limit: int, timeout_s: float) -> list[tuple[int, Sample]]:
-        """Unconsumed samples with their seq (> after); [] after `timeout_s`."""
+    async def samples_to_train(
+        self, after: int, limit: int, timeout_s: float
+    ) -> list[tuple[int, Sample, tuple[str, ...]]]:
+        """Samples with their seq (> after), and whose policies are still to learn from them; [] after `timeout_s`."""
         return await self._poll(Sample, timeout_s, self._store.samples_to_train, after, limit)
 
     async def groups_to_compare(self, after: int, limit: int, timeout_s: float) -> list[tuple[int, str]]:
@@ -178,9 +181,9 @@ class Journal:
         """A session's main turns, what followed each, how it was judged, and whether its sample waits for the end."""
         return await self._read(self._store.exchanges, user, session)
 
-    async def held_out(self, limit: int) -> list[tuple[Sample, int | None]]:
-        """The newest held-out samples, newest first, and how their turns were judged."""
-        return await self._read(self._store.held_out, limit)
+    async def held_out(self, limit: int, scope: str = GROUP) -> list[tuple[Sample, int | None]]:
+        """The newest held-out samples, of everyone or one user, newest first, and how their turns were judged."""
+        return await self._read(self._store.held_out, limit, scope)
 
     async def judged_turns(self, after: int, limit: int, timeout_s: float) -> list[tuple[int, Turn, Judgement]]:
         """People's judged turns with the judgement's seq (> after); [] after `timeout_s`."""

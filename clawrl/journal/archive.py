@@ -34,6 +34,7 @@ from clawrl.journal.tables import (
     WITHDRAWN,
     Real,
 )
+from clawrl.types import GROUP
 
 TABLES: list[Table] = [*(records.table for records in RECORD_TABLES.values()), CONSUMPTIONS, WITHDRAWN]
 _BATCH = 500
@@ -195,7 +196,7 @@ def _orphans(connection: Connection) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class Uses:
-    """What is wrong with what versions learnt from; all empty if each sample made at most one version."""
+    """What is wrong with what versions learnt from; all empty if each sample made at most one version of a scope."""
 
     twice: dict[str, tuple[int, ...]]  # sample -> the versions that learnt from it
     unmarked: dict[str, int]  # sample -> the version that learnt from it, without being marked as its consumer
@@ -216,16 +217,16 @@ def uses(connection: Connection) -> Uses:
             .where(EVENTS.c.state == "rejected")
         )
     )
-    learnt: defaultdict[str, list[int]] = defaultdict(list)
+    learnt: defaultdict[tuple[str, bool], list[int]] = defaultdict(list)
     for version in versions:
         for sample in version.samples if version.number not in taken_back else ():
-            learnt[sample].append(version.number)
-    listed = {(sample, version.number) for version in versions for sample in version.samples}
-    consumed = dict(connection.execute(select(CONSUMPTIONS.c.sample, CONSUMPTIONS.c.version)).all())
+            learnt[sample, version.scope != GROUP].append(version.number)
+    listed = {(sample, version.scope != GROUP, version.number) for version in versions for sample in version.samples}
+    consumed = {(row.sample, row.personal): row.version for row in connection.execute(select(CONSUMPTIONS))}
     return Uses(
-        twice={sample: tuple(numbers) for sample, numbers in learnt.items() if len(numbers) > 1},
-        unmarked={sample: numbers[0] for sample, numbers in learnt.items() if consumed.get(sample) not in numbers},
-        unlearnt={sample: number for sample, number in consumed.items() if (sample, number) not in listed},
+        twice={use[0]: tuple(numbers) for use, numbers in learnt.items() if len(numbers) > 1},
+        unmarked={use[0]: numbers[0] for use, numbers in learnt.items() if consumed.get(use) not in numbers},
+        unlearnt={use[0]: number for use, number in consumed.items() if (*use, number) not in listed},
     )
 
 
@@ -244,11 +245,12 @@ def _consumptions(connection: Connection) -> Iterator[str]:
 
 
 def _lost_checkpoints(connection: Connection) -> set[tuple[int, str]]:
-    """The newest serving version and the pinned ones must be on disk, these are not; others are deleted in time."""
-    events = connection.execute(select(EVENTS.c.version, EVENTS.c.state).order_by(EVENTS.c.seq)).all()
-    serving = [version for version, state in events if state == "serving"][-1:]
+    """Each scope's newest serving version and the pinned ones must be on disk, these are not; others go in time."""
+    query = select(VERSIONS.c.scope, EVENTS.c.version).join(VERSIONS.table, VERSIONS.c.number == EVENTS.c.version)
+    served = connection.execute(query.where(EVENTS.c.state == "serving").order_by(EVENTS.c.seq)).all()
+    serving = {row.scope: row.version for row in served}  # the last of each
     pins = dict(connection.execute(select(PINS.c.version, PINS.c.pinned).order_by(PINS.c.seq)).all())
-    kept = {*serving, *(version for version, pinned in pins.items() if pinned)}
+    kept = {*serving.values(), *(version for version, pinned in pins.items() if pinned)}
     query = select(VERSIONS.c.number, VERSIONS.c.checkpoint).where(VERSIONS.c.number.in_(kept))
     return {
         (number, checkpoint)

@@ -180,7 +180,7 @@ def content(connection: Connection, user: str, session: str | None) -> Content:
 
 def _expired() -> Select:
     """How many consumed samples have nothing left that says whose they were, without erased ones."""
-    query = select(func.count()).select_from(CONSUMPTIONS)
+    query = select(func.count(CONSUMPTIONS.c.sample.distinct()))
     for id in (TURNS.c.id, SAMPLES.c.id, WITHDRAWN.c.turn):
         query = query.where(~exists().where(id == CONSUMPTIONS.c.sample))
     return query
@@ -209,10 +209,11 @@ def erase(connection: Connection, erasure: Erasure, rejected: Sequence[int]) -> 
 
 def _release(connection: Connection, versions: Sequence[int]) -> None:
     """Samples that these versions consumed may train again, except for withdrawn ones."""
-    consumed = connection.scalars(select(CONSUMPTIONS.c.sample).where(CONSUMPTIONS.c.version.in_(versions))).all()
+    theirs = CONSUMPTIONS.c.version.in_(versions)
+    consumed = connection.scalars(select(CONSUMPTIONS.c.sample).where(theirs)).all()
     free = sorted(set(consumed) - withdrawn(connection, consumed))
     for some in _batched(free):
-        connection.execute(delete(CONSUMPTIONS).where(CONSUMPTIONS.c.sample.in_(some)))
+        connection.execute(delete(CONSUMPTIONS).where(CONSUMPTIONS.c.sample.in_(some), theirs))
     queues.released(connection, free)
 
 

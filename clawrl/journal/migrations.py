@@ -104,7 +104,18 @@ _TO_8 = [  # sessions teach: samples that wait for their end, and what was learn
         FOREIGN KEY (seq) REFERENCES judgements (seq) ON DELETE CASCADE)""",
 ]
 
-STEPS: dict[int, list[str]] = {1: _TO_2, 2: _TO_3, 3: _TO_4, 4: _TO_5, 5: _TO_6, 6: _TO_7, 7: _TO_8}
+_TO_9 = [  # policies of single users: whose a version is, who learns from a sample, and who has learnt from it
+    "ALTER TABLE versions ADD COLUMN scope TEXT DEFAULT '' NOT NULL",
+    "ALTER TABLE samples ADD COLUMN policy_scope TEXT DEFAULT 'group' NOT NULL",
+    """CREATE TABLE consumptions_of_both (
+        sample TEXT NOT NULL, personal BOOLEAN NOT NULL, version BIGINT NOT NULL, PRIMARY KEY (sample, personal))""",
+    "INSERT INTO consumptions_of_both (sample, personal, version) SELECT sample, FALSE, version FROM consumptions",
+    "DROP TABLE consumptions",
+    "ALTER TABLE consumptions_of_both RENAME TO consumptions",
+    "CREATE INDEX ix_consumptions_version ON consumptions (version)",
+]
+
+STEPS: dict[int, list[str]] = dict(enumerate((_TO_2, _TO_3, _TO_4, _TO_5, _TO_6, _TO_7, _TO_8, _TO_9), 1))
 """Statements that lead from a schema to the next."""
 
 

@@ -17,9 +17,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, select, text
+from sqlalchemy import Connection, bindparam, delete, insert, select, text
 
-from clawrl.journal.tables import CONSUMPTIONS, NEXT_STATES, NO_TOKENS, SAMPLES, UNDISTILLED, UNJUDGED, UNTRAINED
+from clawrl.journal.tables import NEXT_STATES, NO_TOKENS, UNDISTILLED, UNJUDGED
 from clawrl.types import Comparison, Episode, Judgement, Lesson, NextState, Sample, Turn
 
 _UNJUDGED = f"""
@@ -27,9 +27,11 @@ _UNJUDGED = f"""
     WHERE t.kind = 'main' AND t."group" IS NULL AND length(t.capture_prompt_ids) > {len(NO_TOKENS)}
     AND NOT EXISTS (SELECT 1 FROM judgements j WHERE j.turn = n.turn)
     AND NOT EXISTS (SELECT 1 FROM withdrawn w WHERE w.turn = n.turn)"""
-_UNTRAINED = """
+_TO_LEARN = """(SELECT count(*) FROM consumptions c WHERE c.sample = s.id)
+    < CASE s.policy_scope WHEN 'hierarchy' THEN 2 ELSE 1 END"""
+_UNTRAINED = f"""
     SELECT s.seq, s.id FROM samples s
-    WHERE NOT s.held_out AND NOT EXISTS (SELECT 1 FROM consumptions c WHERE c.sample = s.id)
+    WHERE NOT s.held_out AND {_TO_LEARN}
     AND NOT EXISTS (SELECT 1 FROM withdrawn w WHERE w.turn = s.id)"""
 _UNDISTILLED = """
     SELECT j.seq, j.turn FROM judgements j
@@ -64,7 +66,21 @@ _SAMPLED = text(
     "SELECT 1 WHERE EXISTS (SELECT 1 FROM samples WHERE id = :id) OR "
     "EXISTS (SELECT 1 FROM consumptions WHERE sample = :id)"
 )
-_TRAINED = text("DELETE FROM untrained WHERE sample = :id")
+_TRAINED = text(
+    f"""DELETE FROM untrained WHERE sample = :id
+    AND NOT EXISTS (SELECT 1 FROM samples s WHERE s.id = :id AND {_TO_LEARN})"""
+)
+_UNTRAINABLE = text("DELETE FROM untrained WHERE sample = :id")
+_WAITING = text(
+    """SELECT u.sample FROM untrained u JOIN samples s ON s.seq = u.seq
+    WHERE u.sample IN :turns AND (
+        (s.policy_scope <> 'user' AND u.seq > (
+            SELECT coalesce(max(x.seq), 0) FROM samples x JOIN consumptions c ON c.sample = x.id
+            WHERE c.version = (SELECT max(n.number) FROM versions n WHERE n.scope = '')))
+        OR (s.policy_scope <> 'group' AND u.seq > (
+            SELECT coalesce(max(x.seq), 0) FROM samples x JOIN consumptions c ON c.sample = x.id
+            WHERE c.version = (SELECT max(n.number) FROM versions n WHERE n.scope = s."user"))))"""
+).bindparams(bindparam("turns", expanding=True))
 
 SESSIONS_TO_DISTIL = text(
     """SELECT t."user", t.session FROM undistilled u JOIN turns t ON t.id = u.turn
@@ -109,14 +125,14 @@ def judge_again(connection: Connection, turn: str) -> bool:
 
 
 def trained(connection: Connection, samples: Iterable[str]) -> None:
-    """A version consumed these samples."""
+    """A version consumed these samples; another may still have to."""
     _each(connection, _TRAINED, samples)
 
 
 def withdrawn(connection: Connection, turns: Iterable[str]) -> None:
     """These turns are neither judged nor trained on any more."""
     turns = list(turns)
-    for statement in (_JUDGED, _DISTILLED, _TRAINED):
+    for statement in (_JUDGED, _DISTILLED, _UNTRAINABLE):
         _each(connection, statement, turns)
 
 
@@ -128,17 +144,10 @@ def released(connection: Connection, samples: Iterable[str]) -> None:
 def waiting(connection: Connection, turns: list[str]) -> set[str]:
     """Those of `turns` that wait for the judge or their session's end, or whose samples wait for a trainer that has not
     passed them over."""
-    newest = select(func.max(CONSUMPTIONS.c.version)).scalar_subquery()
-    passed = (
-        select(func.coalesce(func.max(SAMPLES.c.seq), 0))
-        .join(CONSUMPTIONS, CONSUMPTIONS.c.sample == SAMPLES.c.id)
-        .where(CONSUMPTIONS.c.version == newest)
-        .scalar_subquery()
-    )
     unjudged = select(UNJUDGED.c.turn).where(UNJUDGED.c.turn.in_(turns))
     undistilled = select(UNDISTILLED.c.turn).where(UNDISTILLED.c.turn.in_(turns))
-    untrained = select(UNTRAINED.c.sample).where(UNTRAINED.c.sample.in_(turns), UNTRAINED.c.seq > passed)
-    return {turn for each in (unjudged, undistilled, untrained) for turn in connection.scalars(each)}
+    waiting = [*connection.scalars(unjudged), *connection.scalars(undistilled)]
+    return {*waiting, *connection.scalars(_WAITING, {"turns": turns})}
 
 
 def fill(connection: Connection) -> None:

@@ -42,6 +42,7 @@ from clawrl.journal.tables import (
     RecordTable,
 )
 from clawrl.types import (
+    GROUP,
     Comparison,
     Consent,
     Episode,
@@ -76,7 +77,11 @@ _COUNTED: dict[Any, list[tuple]] = {
         ("abstentions", JUDGEMENTS.c.score.is_(None)),
         ("hints", JUDGEMENTS.c.hints != "[]"),
     ],
-    SAMPLES.c.seq: [("samples",), ("held_out", SAMPLES.c.held_out.is_(True))],
+    SAMPLES.c.seq: [
+        ("samples",),
+        ("held_out", SAMPLES.c.held_out.is_(True)),
+        ("for_both", SAMPLES.c.held_out.is_(False), SAMPLES.c.policy_scope == "hierarchy"),
+    ],
     CONSUMPTIONS.c.version: [("consumed",)],
     VERSIONS.c.seq: [("versions",)],
     SWAPS.c.seq: [("swaps",)],
@@ -214,17 +219,22 @@ class JournalReader:
         )
         return [(row[NEXT_STATES.c.seq], TURNS.decode(row), NEXT_STATES.decode(row)) for row in self._rows(query)]
 
-    def samples_to_train(self, after: int, limit: int) -> list[tuple[int, Sample]]:
-        """Samples that no version consumed and that are not held out, in the order of seq, beyond `after`."""
+    def samples_to_train(self, after: int, limit: int) -> list[tuple[int, Sample, tuple[str, ...]]]:
+        """Samples that are not held out and not consumed yet by all that are to learn from them, and by whom not.
+
+        In the order of seq, beyond `after`. That is GROUP, the sample's user, or both.
+        """
         query = (
-            select(SAMPLES.table)
+            select(SAMPLES.table, CONSUMPTIONS.c.personal)
             .select_from(UNTRAINED)
             .join(SAMPLES.table, SAMPLES.c.seq == UNTRAINED.c.seq)
+            .outerjoin(CONSUMPTIONS, CONSUMPTIONS.c.sample == UNTRAINED.c.sample)  # of two at most one is done
             .where(UNTRAINED.c.seq > after)
             .order_by(UNTRAINED.c.seq)
             .limit(limit)
         )
-        return [(row[SAMPLES.c.seq], SAMPLES.decode(row)) for row in self._rows(query)]
+        found = [(row[SAMPLES.c.seq], SAMPLES.decode(row), row["personal"]) for row in self._rows(query)]
+        return [(seq, sample, _learners(sample, personal)) for seq, sample, personal in found]
 
     def groups_to_compare(self, after: int, limit: int) -> list[tuple[int, str]]:
         """Groups all of whose attempts have ended, in the order in which they did, beyond `after`."""
@@ -290,8 +300,8 @@ class JournalReader:
         rows = self._rows(select(LESSONS.table).where(LESSONS.c.turn == turn))
         return LESSONS.decode(rows[0]) if rows else None
 
-    def held_out(self, limit: int) -> list[tuple[Sample, int | None]]:
-        """The newest held-out samples, newest first, and how their turns were judged."""
+    def held_out(self, limit: int, scope: str = GROUP) -> list[tuple[Sample, int | None]]:
+        """The newest held-out samples, of everyone or one user, newest first, and how their turns were judged."""
         query = (
             select(SAMPLES.table, JUDGEMENTS.c.score)
             .join(JUDGEMENTS.table, JUDGEMENTS.c.turn == SAMPLES.c.id)
@@ -300,6 +310,8 @@ class JournalReader:
             .order_by(SAMPLES.c.seq.desc())
             .limit(limit)
         )
+        if scope != GROUP:
+            query = query.where(SAMPLES.c.user == scope)
         return [(SAMPLES.decode(row), row[JUDGEMENTS.c.score]) for row in self._rows(query)]
 
     def judged_turns(self, after: int | None, limit: int) -> list[tuple[int, Turn, Judgement]]:
@@ -532,7 +544,9 @@ class JournalStore(JournalReader):
                 if recorded != VERSIONS.encode(version)["samples"]:
                     raise JournalError(f"version {version.number} was recorded before with other samples; number anew")
                 return
+            personal = version.scope != GROUP
             query = select(CONSUMPTIONS).where(CONSUMPTIONS.c.sample.in_(version.samples))
+            query = query.where(CONSUMPTIONS.c.personal.is_(personal))
             taken = connection.execute(query.limit(1)).first()
             if taken is not None:
                 raise JournalError(
@@ -545,7 +559,7 @@ class JournalStore(JournalReader):
                     "train the step again without them"
                 )
             append(connection)
-            rows = [{"sample": sample, "version": version.number} for sample in version.samples]
+            rows = [{"sample": sample, "personal": personal, "version": version.number} for sample in version.samples]
             if rows:
                 connection.execute(insert(CONSUMPTIONS), rows)
                 queues.trained(connection, version.samples)
@@ -664,6 +678,12 @@ class JournalStore(JournalReader):
         """Give space of deleted rows back to the file system."""
         with refusing(f"journal {self.name} cannot shrink"):
             self.database.shrink()
+
+
+def _learners(sample: Sample, personal: bool | None) -> tuple[str, ...]:
+    """Whose policies are still to learn from a sample; `personal` says which of two has."""
+    both = {"group": (GROUP,), "user": (sample.user,), "hierarchy": (GROUP, sample.user)}[sample.policy_scope]
+    return both if personal is None else tuple(scope for scope in both if (scope != GROUP) is not personal)
 
 
 def _keyed_once(connection: Connection, turns: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -51,7 +51,7 @@ from clawrl.types import (
     WeightVersion,
 )
 
-SCHEMA = 8
+SCHEMA = 9
 """Number of the layout below. A change to a table raises it and adds the step that brings an older journal here."""
 
 METADATA = MetaData()
@@ -259,7 +259,8 @@ RECORD_TABLES: dict[type, RecordTable] = {
 CONSUMPTIONS = Table(
     "consumptions",
     METADATA,
-    Column("sample", Text, primary_key=True),  # at most one version learns from a sample
+    Column("sample", Text, primary_key=True),
+    Column("personal", Boolean, primary_key=True),  # one version of everyone's policy learns from it, one of its user's
     Column("version", BigInteger, nullable=False, index=True),
 )
 UNJUDGED = Table(  # what `pairs_to_judge` finds; see `queues`

@@ -48,7 +48,7 @@ from clawrl.observe import metric
 from clawrl.rollout.comparing import Comparer
 from clawrl.rollout.experience import Distiller, Exchange
 from clawrl.rollout.samples import build_sample, is_held_out, needs_scores, require_complete, trains
-from clawrl.types import Feedback, Judgement, NextState, Sample, Scores, Turn
+from clawrl.types import Feedback, Judgement, NextState, PolicyScope, Sample, Scores, Turn
 
 log = logging.getLogger(__name__)
 
@@ -83,10 +83,12 @@ class Collector:
         judging: JudgeSection,
         learning: LearningSection,
         held_out_share: float = 0.0,
+        policy_scope: PolicyScope = "group",
     ) -> None:
         self._journal, self._judge = journal, judge
         self._teacher = judge if learning.teacher == "frozen" else teacher
         self._judging, self._learning, self._held_out_share = judging, learning, held_out_share
+        self._policy_scope: PolicyScope = policy_scope
         self._slots = asyncio.Semaphore(judging.concurrency)
         self._turns: set[asyncio.Task[None]] = set()
         self._newest: dict[str, asyncio.Event] = {}  # per user: set when the newest turn's judgement is durable
@@ -239,8 +241,10 @@ class Collector:
         baseline = self._baseline.value(turn.user)
         try:
             sample = build_sample(turn, judgement, teacher, reference, baseline, self._learning)
-            if sample is not None and is_held_out(turn.session, self._held_out_share):
-                sample = replace(sample, held_out=True)
+            if sample is not None:
+                weight = sample.weight * self._learning.user_weights.get(turn.user, 1.0)
+                held_out = is_held_out(turn.session, self._held_out_share)
+                sample = replace(sample, weight=weight, held_out=held_out, policy_scope=self._policy_scope)
         except Exception:
             log.exception("event=build_failed turn=%s", turn.id)  # a defect: the judgement is kept, the flow goes on
             self._counts["build_failures"] += 1
@@ -280,7 +284,7 @@ class Collector:
         hinted = tuple(self._advised(turn.messages, hint))
         return self._teacher.score_messages.remote(
             hinted, turn.tools, turn.template, turn.capture.completion_ids, self._learning.teacher_top,
-            initial=self._learning.teacher == "frozen",
+            initial=self._learning.teacher == "frozen", user=turn.user,
         )  # fmt: skip
 
     async def _reference(self, turn: Turn) -> Scores | None:

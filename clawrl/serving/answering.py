@@ -166,7 +166,9 @@ class Answering:
         deadline = time.monotonic() + self._settings.hold_s
         while True:
             run.pieces = _whole(
-                getattr(self._stream, run.asked.surface.method).remote(run.asked.body, run.asked.request)
+                getattr(self._stream, run.asked.surface.method).remote(
+                    run.asked.body, run.asked.request, run.asked.identity.user
+                )
             )
             try:
                 return await anext(run.pieces)

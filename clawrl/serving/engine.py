@@ -24,7 +24,7 @@ import numpy as np
 from clawrl.config import EngineSection, LoraSection, model_path
 from clawrl.errors import PolicyError, boundary
 from clawrl.serving.capture import Recorder
-from clawrl.types import Canary, Message, Scores, Tool
+from clawrl.types import GROUP, Canary, Message, Scores, Tool
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +46,15 @@ class Adapter:
     request: Any  # vLLM's LoRARequest
     folder: Path
     requests: int = 0  # in work
+    current: bool = False  # somebody's new requests are answered with it
 
 
 class Engine:
     """AsyncLLM with capture, scoring and swaps. Attributes it does not define are AsyncLLM's.
 
-    A version is what the engine's weights are (`take_over`), or an adapter beside them (`add_adapter`, `switch`). A
-    request keeps the adapter that it began with; an adapter leaves the engine when its last request has ended.
+    A version is what the engine's weights are (`take_over`), or an adapter beside them (`add_adapter`, `switch`):
+    everyone's, or a user's own, whose requests it answers alone. A request keeps the adapter that it began with; an
+    adapter leaves the engine when its last request has ended.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class Engine:
         self.online_renderer = renderer
         self._settings = settings
         self._support = support
-        self._recorders: dict[str, Recorder] = {}
+        self._recorders: dict[str, tuple[Recorder, str]] = {}  # and who asks
         self._captured: dict[str, tuple[Recorder, bool]] = {}  # and whether the client sees log-probabilities too
         self._chunk_rate = CHUNK_RATE if settings.gpus_per_replica == 0 else GPU_CHUNK_RATE
         self._register = llm.output_processor.add_request
@@ -71,7 +73,7 @@ class Engine:
         self.streams = 0
         self._salt = f"v0-{uuid.uuid4().hex}"
         self._weights = 0  # the version that the weights alone are
-        self._adapter: Adapter | None = None  # of new requests; None: the weights alone
+        self._current: dict[str, Adapter] = {}  # of new requests, by scope; none: the weights alone
         self._adapters = count(1)  # vLLM's numbers for them
         self._in_batch = adapters_in_batch
         self._asked: set[Adapter] = set()  # those that requests hold
@@ -83,15 +85,20 @@ class Engine:
 
     @property
     def version(self) -> int:
-        """Of new requests."""
-        return self._weights if self._adapter is None else self._adapter.version
+        """Of new requests of those who have no policy of their own."""
+        adapter = self.adapter(GROUP)
+        return self._weights if adapter is None else adapter.version
+
+    def adapter(self, user: str) -> Adapter | None:
+        """Of a user's new requests; None: the weights alone."""
+        return self._current.get(user) or self._current.get(GROUP)
 
     # -- generating, captured ------------------------------------------------------------------------------------
 
-    def record(self, request_id: str) -> Recorder:
+    def record(self, request_id: str, user: str = GROUP) -> Recorder:
         """Capture the request that will arrive under this id; the caller reads the recorder when it has ended."""
         recorder = Recorder(self._support)
-        self._recorders[request_id] = recorder
+        self._recorders[request_id] = recorder, user
         return recorder
 
     def forget(self, request_id: str) -> None:
@@ -101,12 +108,13 @@ class Engine:
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
     ) -> AsyncGenerator[Any, None]:
-        """AsyncLLM.generate by the version of the moment, with the capture's log-probabilities."""
+        """AsyncLLM.generate by the user's version of the moment, with the capture's log-probabilities."""
         from clawrl.serving.scheduler import KEEP_BACK
 
-        recorder = self._recorders.pop(request_id, None)
+        recorder, user = self._recorders.pop(request_id, (None, GROUP))
+        adapter = self.adapter(user)
         if recorder is not None:
-            recorder.version = self._adapter and self._adapter.version
+            recorder.version = adapter and adapter.version
             shown = sampling_params.logprobs is not None
             self._captured[request_id] = recorder, shown
             sampling_params.logprobs = max(sampling_params.logprobs or 0, self._support)
@@ -116,7 +124,7 @@ class Engine:
         prompt["cache_salt"] = f"{self._salt}{prompt.get('cache_salt') or ''}"
         self.streams += 1
         try:
-            with self._held(self._adapter) as adapted:
+            with self._held(adapter) as adapted:
                 generating = self._llm.generate(prompt, sampling_params, request_id, **{**options, **adapted})
                 async with aclosing(generating) as outputs:
                     async for output in outputs:
@@ -180,17 +188,28 @@ class Engine:
         return list(rendered[1][0]["prompt_token_ids"])
 
     async def score(
-        self, prompt_ids: Sequence[int], completion_ids: Sequence[int], top: int, *, initial: bool = False
+        self,
+        prompt_ids: Sequence[int],
+        completion_ids: Sequence[int],
+        top: int,
+        *,
+        initial: bool = False,
+        user: str = GROUP,
     ) -> Scores:
         """Log-probabilities of `completion_ids` [T] after `prompt_ids`, with the `top` best tokens at each position.
 
-        By the version of the moment, or by the weights without any adapter (`initial`). Raises PolicyError if both
-        together leave no room in the context.
+        By the user's version of the moment, or by the weights without any adapter (`initial`). Raises PolicyError if
+        both together leave no room in the context.
         """
-        return await self._score_with(None if initial else self._adapter, prompt_ids, completion_ids, top)
+        return await self._score_with(None if initial else self.adapter(user), prompt_ids, completion_ids, top)
 
     async def _score_with(
-        self, adapter: Adapter | None, prompt_ids: Sequence[int], completion_ids: Sequence[int], top: int
+        self,
+        adapter: Adapter | None,
+        prompt_ids: Sequence[int],
+        completion_ids: Sequence[int],
+        top: int,
+        priority: int = BEHIND,
     ) -> Scores:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -212,20 +231,17 @@ class Engine:
         prompt = {"prompt_token_ids": token_ids, "cache_salt": self._salt}
         with self._held(adapter) as adapted:
             async for output in self._llm.generate(
-                prompt, params, f"score-{uuid.uuid4().hex}", priority=BEHIND, **adapted
+                prompt, params, f"score-{uuid.uuid4().hex}", priority=priority, **adapted
             ):
                 flat = output.prompt_logprobs
         return _scores(flat, len(prompt_ids), len(token_ids), top, version)
 
-    async def canary_logprobs(
-        self, canary: Canary, adapter: Adapter | None = None, *, initial: bool = False
-    ) -> tuple[np.ndarray, ...]:
-        """Log-probabilities of the canary's tokens after the first of each sequence.
+    async def canary_logprobs(self, canary: Canary, adapter: Adapter | None) -> tuple[np.ndarray, ...]:
+        """Log-probabilities of the canary's tokens after the first of each sequence, by this adapter, or by none.
 
-        By the version of the moment, or by an adapter that is not switched to yet, or by the weights without any.
+        It is asked in turn with people's requests: behind them it might wait for ever, where many adapters are in use.
         """
-        asked_of = None if initial else adapter or self._adapter
-        asked = [self._score_with(asked_of, ids[:1].tolist(), ids[1:].tolist(), 0) for ids in canary.token_ids]
+        asked = [self._score_with(adapter, ids[:1].tolist(), ids[1:].tolist(), 0, 0) for ids in canary.token_ids]
         return tuple(scores.logprobs for scores in await asyncio.gather(*asked))
 
     # -- health ------------------------------------------------------------------------------------------------------
@@ -280,15 +296,15 @@ class Engine:
 
     # -- versions as adapters ----------------------------------------------------------------------------------------
 
-    async def add_adapter(self, version: int, folder: Path) -> Adapter:
+    async def add_adapter(self, version: int, folder: Path, *, patient: bool = True) -> Adapter:
         """Load the adapter in `folder` (PEFT's files) beside the weights; nobody is served by it yet.
 
-        While long replies hold as many adapters as the engine can serve at once, the version waits: else its first
-        requests would.
+        `patient`, it waits while long replies hold as many adapters as the engine can serve at once: else the version's
+        first requests would. Where each user has one, that is so all the time.
         """
         from vllm.lora.request import LoRARequest
 
-        while len(self._asked) >= self._in_batch:
+        while patient and len(self._asked) >= self._in_batch:
             self._let_go.clear()
             await self._let_go.wait()
         number = next(self._adapters)
@@ -296,10 +312,17 @@ class Engine:
         await self._llm.add_lora(request)
         return Adapter(version, request, folder)
 
-    def switch(self, adapter: Adapter | None) -> None:
-        """From now on new requests are answered with this adapter; None: with the weights alone."""
-        before, self._adapter = self._adapter, adapter
-        if before is not None:
+    def switch(self, adapter: Adapter | None, scope: str = GROUP) -> None:
+        """From now on new requests are answered with this adapter, everyone's or one user's.
+
+        None: the user's with everyone's, everyone's with the weights alone.
+        """
+        before = self._current.pop(scope, None)
+        if adapter is not None:
+            self._current[scope] = adapter
+            adapter.current = True
+        if before is not None and before is not adapter:
+            before.current = False
             self._unload_if_idle(before)
 
     @contextmanager
@@ -320,14 +343,14 @@ class Engine:
                 self._unload_if_idle(adapter)
 
     def _unload_if_idle(self, adapter: Adapter) -> None:
-        if not adapter.requests and adapter is not self._adapter:
+        if not adapter.requests and not adapter.current:
             task = asyncio.create_task(self._unload(adapter))
             self._unloading.add(task)
             task.add_done_callback(self._unloading.discard)
 
     async def _unload(self, adapter: Adapter) -> None:
         await asyncio.sleep(UNLOAD_AFTER_S)
-        if adapter.requests or adapter is self._adapter or not adapter.folder.exists():
+        if adapter.requests or adapter.current or not adapter.folder.exists():
             return
         shutil.rmtree(adapter.folder)
         await self._llm.remove_lora(adapter.request.lora_int_id)
@@ -349,9 +372,15 @@ class Scorer:
         await self._engine.generates()
 
     async def score_ids(
-        self, prompt_ids: np.ndarray, completion_ids: np.ndarray, top: int, *, initial: bool = False
+        self,
+        prompt_ids: np.ndarray,
+        completion_ids: np.ndarray,
+        top: int,
+        *,
+        initial: bool = False,
+        user: str = GROUP,
     ) -> Scores:
-        return await self._engine.score(prompt_ids.tolist(), completion_ids.tolist(), top, initial=initial)
+        return await self._engine.score(prompt_ids.tolist(), completion_ids.tolist(), top, initial=initial, user=user)
 
     async def score_messages(
         self,
@@ -362,9 +391,10 @@ class Scorer:
         top: int,
         *,
         initial: bool = False,
+        user: str = GROUP,
     ) -> Scores:
         prompt_ids = await self._engine.render(messages, tools, template)
-        return await self._engine.score(prompt_ids, completion_ids.tolist(), top, initial=initial)
+        return await self._engine.score(prompt_ids, completion_ids.tolist(), top, initial=initial, user=user)
 
 
 class ChunkQueue:
@@ -476,7 +506,7 @@ def _lora_arguments(lora: LoraSection) -> dict[str, Any]:
         "enable_lora": True,
         "max_lora_rank": max(8, lora.rank),
         "max_loras": lora.in_batch,
-        "max_cpu_loras": 2 * lora.in_batch,
+        "max_cpu_loras": lora.in_memory,
         "lora_target_modules": list(lora.targets),
         "scheduling_policy": "priority",
     }

@@ -1,7 +1,8 @@
 """The policy replica: vLLM behind its own OpenAI serving classes, capturing every reply, following the versions.
 
-Knows the engine and the weight store's calls (`wait`, `bucket`, `report`). Ignores HTTP, users, sessions and the
-journal: the gateway calls `chat` and gets the stream of server-sent events followed by what was captured.
+Knows the engine and the weight store's calls (`wait`, `meet`, `bucket`, `report`). Ignores HTTP, sessions and the
+journal: the gateway calls `chat` and gets the stream of server-sent events followed by what was captured. Of users it
+knows the names, where they have policies of their own: whose name it hears first, it asks the store for.
 
     store.wait ──► fetch buckets ──► pause · load · resume ──► canary ──► store.report     all weights
                                └───► load beside ──► canary ──► switch ──► store.report    an adapter
@@ -28,12 +29,14 @@ from clawrl.observe import metric
 from clawrl.serving.capture import Finished, Recorder, Refused
 from clawrl.serving.engine import Engine, Scorer, start_engine
 from clawrl.serving.layers import Layer, layers
-from clawrl.types import Publication, Swap
+from clawrl.types import GROUP, Publication, Swap, Withdrawal
 
 log = logging.getLogger(__name__)
 
 WAIT_S = 30.0  # one long poll for the next version
 RETRY_S = 1.0
+KEPT_USERS = 1000
+"""Whose versions a replica follows: those who asked last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,11 @@ class Policy(Scorer):
         await self._adopt(engine)
         self._layers = layers(self._engine, settings, _openai_chat(self._engine, settings))
         self._failure: Exception | None = None
-        self._canary_logprobs: tuple[np.ndarray, ...] | None = None
+        self._versions: dict[str, int | None] = {GROUP: 0}  # that are served, by scope; None: everyone's
+        self._canaries: dict[str, tuple[np.ndarray, ...]] = {}  # what they last said of the canary
+        self._personal = adapters is not None and adapters.lora.policy_scope != "group"
+        self._taking_over, self._meeting = asyncio.Lock(), dict[str, asyncio.Task[None]]()
+        self._reporting: set[asyncio.Task[None]] = set()
         if store is not None:
             self._store, name = store
             if adapters is None:
@@ -74,26 +81,32 @@ class Policy(Scorer):
 
     # -- what the gateway and the collector call -------------------------------------------------------------------
 
-    async def chat(self, body: dict[str, Any], request_id: str) -> AsyncIterator[str | Refused | Finished]:
+    async def chat(
+        self, body: dict[str, Any], request_id: str, user: str = GROUP
+    ) -> AsyncIterator[str | Refused | Finished]:
         """Answer one chat request: pieces of text, then Finished; or a single Refused.
 
         Streamed, the pieces are server-sent events without the final `[DONE]`; otherwise one piece is the JSON body.
         """
-        async for piece in self._serve(self._layers["chat"], body, request_id):
+        async for piece in self._serve(self._layers["chat"], body, request_id, user):
             yield piece
 
-    async def complete(self, body: dict[str, Any], request_id: str) -> AsyncIterator[str | Refused | Finished]:
+    async def complete(
+        self, body: dict[str, Any], request_id: str, user: str = GROUP
+    ) -> AsyncIterator[str | Refused | Finished]:
         """The same for a text completion; of several prompts or choices the first is captured."""
-        async for piece in self._serve(self._layers["complete"], body, request_id):
+        async for piece in self._serve(self._layers["complete"], body, request_id, user):
             yield piece
 
-    async def respond(self, body: dict[str, Any], request_id: str) -> AsyncIterator[str | Refused | Finished]:
+    async def respond(
+        self, body: dict[str, Any], request_id: str, user: str = GROUP
+    ) -> AsyncIterator[str | Refused | Finished]:
         """The same for a response."""
-        async for piece in self._serve(self._layers["respond"], body, request_id):
+        async for piece in self._serve(self._layers["respond"], body, request_id, user):
             yield piece
 
     async def _serve(
-        self, layer: Layer, body: dict[str, Any], request_id: str
+        self, layer: Layer, body: dict[str, Any], request_id: str, user: str
     ) -> AsyncIterator[str | Refused | Finished]:
         from pydantic import ValidationError
         from vllm.exceptions import VLLMClientError
@@ -106,8 +119,10 @@ class Policy(Scorer):
         except VLLMClientError as error:
             yield _refused(error)
             return
+        if self._personal and user != GROUP:
+            await self._meet(user)
         captured = layer.captured.format(request_id)
-        recorder = self._engine.record(captured)
+        recorder = self._engine.record(captured, user)
         try:
             async for piece in self._answer(layer.create, request, recorder):
                 yield piece
@@ -154,10 +169,42 @@ class Policy(Scorer):
                 await asyncio.sleep(RETRY_S)
 
     async def _follow(self, timeout_s: float) -> None:
-        publication: Publication | None = await self._store.wait.remote(self.replica, self._engine.version, timeout_s)
-        if publication is None or publication.number == self._engine.version:
-            return
-        await self._report(await self._take_over(publication))
+        news: Publication | Withdrawal | None = await self._store.wait.remote(
+            self.replica, dict(self._versions), timeout_s
+        )
+        if isinstance(news, Publication) and (swap := await self._take_over(news)):
+            await self._report(swap)
+        elif isinstance(news, Withdrawal):
+            self._engine.switch(None, news.scope)
+            self._versions[news.scope] = None
+
+    async def _meet(self, user: str) -> None:
+        """A user asks: their own version, if there is one, is served from their first request on."""
+        if user in self._versions:
+            self._versions[user] = self._versions.pop(user)  # the last to be forgotten
+        elif user not in self._meeting:
+            self._meeting[user] = asyncio.create_task(self._get_to_know(user))
+        if user in self._meeting:
+            await asyncio.shield(self._meeting[user])
+
+    async def _get_to_know(self, user: str) -> None:
+        """Nobody is refused for want of their own version; it comes later then."""
+        self._versions[user] = None
+        try:
+            publication = await self._store.meet.remote(self.replica, user)
+            if publication is not None and (swap := await self._take_over(publication)):
+                task = asyncio.create_task(self._report(swap))
+                self._reporting.add(task)
+                task.add_done_callback(self._reporting.discard)
+        except Exception as error:
+            log.warning("event=meet_failed replica=%s error=%s", self.replica, type(error).__name__)
+        finally:
+            del self._meeting[user]
+        while len(self._versions) > KEPT_USERS + 1:
+            oldest = next(each for each in self._versions if each != GROUP)
+            self._engine.switch(None, oldest)
+            del self._versions[oldest]
+            self._canaries.pop(oldest, None)
 
     async def _report(self, swap: Swap) -> None:
         """Tell the store until it has taken it: a version that nobody reports never proves itself."""
@@ -168,18 +215,29 @@ class Policy(Scorer):
                 log.warning("event=report_waits replica=%s error=%s", self.replica, type(error).__name__)
                 await asyncio.sleep(RETRY_S)
 
-    async def _take_over(self, publication: Publication) -> Swap:
-        """Serve another version. What fails before the engine is touched is asked for again."""
-        if self._canary_logprobs is None:
-            self._canary_logprobs = await self._engine.canary_logprobs(publication.canary)
-        before = self._canary_logprobs
+    async def _take_over(self, publication: Publication) -> Swap | None:
+        """Serve another version; None if it is served already. What fails before the engine is touched is asked for
+        again.
+        """
+        async with self._taking_over:
+            if self._versions.get(publication.scope) == publication.number:
+                return None
+            swap = await self._served(publication)
+            self._versions[publication.scope] = publication.number
+            return swap
+
+    async def _served(self, publication: Publication) -> Swap:
+        scope = publication.scope
+        before = self._canaries.get(scope)
+        if before is None:
+            before = await self._engine.canary_logprobs(publication.canary, self._engine.adapter(scope))
         near: list[ray.ObjectRef] = []  # on this machine before anything is paused, and until the swap is over
         for index in range(publication.num_buckets):
             near += await self._store.bucket.remote(publication.number, index)
             await asyncio.to_thread(ray.wait, near[-1:], fetch_local=True)
         swap = self._swap_weights if self._adapters is None else self._switch_adapter
         after, stall_ms = await swap(publication, near)
-        self._canary_logprobs = after
+        self._canaries[scope] = after
         near.clear()
         error, moved = _largest_gap(after, publication.canary.logprobs), _largest_gap(after, before)
         metric("policy/stall_s").observe(stall_ms / 1000)
@@ -201,7 +259,7 @@ class Policy(Scorer):
         """
         try:
             stall_ms = await self._engine.take_over(publication.number, publication.num_buckets)
-            return await self._engine.canary_logprobs(publication.canary), stall_ms
+            return await self._engine.canary_logprobs(publication.canary, None), stall_ms
         except Exception as error:
             log.exception("event=swap_failed replica=%s", self.replica)
             self._failure = error
@@ -214,9 +272,9 @@ class Policy(Scorer):
         adapter = None
         if publication.adapter is not None:
             folder = await asyncio.to_thread(self._write_adapter, publication, buckets)
-            adapter = await self._engine.add_adapter(publication.number, folder)
-        after = await self._engine.canary_logprobs(publication.canary, adapter, initial=adapter is None)
-        self._engine.switch(adapter)
+            adapter = await self._engine.add_adapter(publication.number, folder, patient=not self._personal)
+        after = await self._engine.canary_logprobs(publication.canary, adapter)
+        self._engine.switch(adapter, publication.scope)
         return after, 0.0
 
     def _write_adapter(self, publication: Publication, buckets: Sequence[ray.ObjectRef]) -> Path:

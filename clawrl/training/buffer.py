@@ -9,6 +9,9 @@ of a lease, or hears that turns were withdrawn (opt-out, erasure), reads the unc
                                 ▼                     │ at most replay_fraction of a batch
               more than max_lag steps old ──► offline, newest replay_size ──► dropped and counted
 
+Everyone's policy and each user's have a queue of their own, and a batch is of one queue: no policy learns from what is
+another's. Of the queues that have a batch, the one that was served longest ago goes first.
+
 Of the offline samples the newest go first: the policy has moved least since, so their importance weights say most. They
 are trained on once, as all others.
 """
@@ -19,14 +22,16 @@ import asyncio
 import logging
 import math
 import time
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 from clawrl.config import BufferSection
 from clawrl.observe import metric
 from clawrl.training.versions import Registry, lag
-from clawrl.types import Batch, Sample
+from clawrl.types import GROUP, Batch, PolicyScope, Sample
 
 log = logging.getLogger(__name__)
 
@@ -50,26 +55,46 @@ def shares(waiting: int, offline: int, settings: BufferSection) -> tuple[int, in
     return fresh, min(offline, math.floor(fraction / (1 - fraction) * fresh + _ROUNDING), size - fresh)
 
 
+@dataclass(slots=True)
+class _Queue:
+    """What one policy is to learn from."""
+
+    waiting: list[Sample] = field(default_factory=list)  # oldest first
+    offline: list[Sample] = field(default_factory=list)  # beyond max_lag, oldest first
+    since: float = field(default_factory=time.monotonic)  # that there is something to wait for
+    line: tuple[int, ...] = ()  # the trainer's version and its ancestors, newest first; empty: none of its own
+
+
+def chosen(waiting: Sequence[Sample], size: int, user_quota: int | None) -> list[Sample]:
+    """The first of `waiting`, at most `size`, and at most `user_quota` of each user."""
+    if user_quota is None:
+        return list(waiting[:size])
+    taken, found = Counter(), []
+    for sample in waiting:
+        if len(found) < size and taken[sample.user] < user_quota:
+            taken[sample.user] += 1
+            found.append(sample)
+    return found
+
+
 class ReplayBuffer:
     """Async actor over the journal, for one trainer that takes its steps in order, each after the one before is done.
 
-    `journal` is the Journal's handle. While the journal is away (its restart), takes wait; nothing is raised.
+    `journal` is the Journal's handle. While the journal is away (its restart), takes wait; nothing is raised. What is
+    in the journal for policies that `policy_scope` leaves out stays there.
     """
 
-    def __init__(self, settings: BufferSection, journal: Any) -> None:
-        self._settings, self._journal = settings, journal
-        self._waiting: list[Sample] = []  # oldest first
-        self._offline: list[Sample] = []  # beyond max_lag, oldest first
-        self._since = time.monotonic()  # that there is something to wait for
+    def __init__(self, settings: BufferSection, journal: Any, policy_scope: PolicyScope = "group") -> None:
+        self._settings, self._journal, self._policy_scope = settings, journal, policy_scope
+        self._queues: dict[str, _Queue] = {GROUP: _Queue()}  # by scope, the one served longest ago first
         self._leases: dict[int, Batch] = {}
         self._next: int | None = None  # the step that may lease of what waits: the one before it is settled
-        self._dropped: set[str] = set()
+        self._dropped: set[tuple[str, str]] = set()  # scope and sample
         self._replayed = 0
         self._released: frozenset[str] = frozenset()  # samples of rejected versions: in time when first trained on
-        self._line: tuple[int, ...] = ()  # the trainer's version and its ancestors, newest first; empty: unknown yet
         self._closed = False
         self._changed = asyncio.Condition()
-        self._sort([])  # an empty buffer is a measurement too
+        self._sort(GROUP, [])  # an empty buffer is a measurement too
         self._filling = asyncio.create_task(self._fill())
         self._heeding = asyncio.create_task(self._heed())
 
@@ -79,7 +104,7 @@ class ReplayBuffer:
         Asking for a step says that no other is in work: what an unreleased lease holds is either consumed by now, which
         the journal knows, or waits again. After `close` the batch is empty and its step is CLOSED.
         """
-        metric("buffer/size_num").set(len(self._waiting))  # Ray exports a gauge only after it was set
+        self._measure()  # Ray exports a gauge only after it was set
         if step not in self._leases and step != self._next:
             self._rebuild()
             self._next = step
@@ -98,20 +123,24 @@ class ReplayBuffer:
         if self._leases.pop(step, None) is not None:
             self._next = step + 1
 
-    async def advance(self, line: Sequence[int]) -> None:
-        """The trainer is at line[0], which came from line[1] and so on: drop what is too old for it."""
-        self._line = tuple(line)
-        self._sort(self._offline + self._waiting)
+    async def advance(self, line: Sequence[int], scope: str = GROUP) -> None:
+        """A policy is at line[0], which came from line[1] and so on: drop what is too old for it."""
+        self._queues.setdefault(scope, _Queue()).line = tuple(line)
+        users = (name for name, queue in self._queues.items() if not queue.line)
+        for name in [scope, *users] if scope == GROUP else [scope]:
+            self._sort(name)
 
     async def stats(self) -> dict[str, int | None]:
-        """Samples waiting (`size`), kept `offline`, leased, and dropped or `replayed` since the start; and the oldest
-        version among the waiting.
+        """Samples waiting (`size`), kept `offline`, leased, and dropped or `replayed` since the start; the oldest
+        version among the waiting; and how many policies have a `full` batch.
         """
-        oldest = min((sample.oldest_version for sample in self._waiting), default=None)
+        queues = self._queues.values()
+        oldest = min((sample.oldest_version for queue in queues for sample in queue.waiting), default=None)
         leased = sum(len(batch.samples) for batch in self._leases.values())
         return {
-            "size": len(self._waiting),
-            "offline": len(self._offline),
+            "size": sum(len(queue.waiting) for queue in queues),
+            "offline": sum(len(queue.offline) for queue in queues),
+            "full": sum(self._num_next(queue) >= self._settings.batch_size for queue in queues),
             "leased": leased,
             "dropped": len(self._dropped),
             "replayed": self._replayed,
@@ -127,53 +156,74 @@ class ReplayBuffer:
             self._changed.notify_all()
 
     def _ready(self, step: int) -> bool:
-        if self._closed or step in self._leases or self._num_next() >= self._settings.batch_size:
-            return True
-        return time.monotonic() >= self._due()
+        return self._closed or step in self._leases or time.monotonic() >= self._due()
 
     def _due(self) -> float:
-        """When what waits is enough, however little it is; never, where it must be a whole batch."""
-        least = self._settings.min_batch
-        return math.inf if least is None or self._num_next() < least else self._since + self._settings.max_wait_s
+        """When the first policy has enough to learn from."""
+        return min(map(self._enough, self._queues.values()))
 
-    def _num_next(self) -> int:
+    def _enough(self, queue: _Queue) -> float:
+        """When what waits is enough, however little it is; never, where it must be a whole batch."""
+        number, least = self._num_next(queue), self._settings.min_batch
+        if number >= self._settings.batch_size:
+            return -math.inf
+        return math.inf if least is None or number < least else queue.since + self._settings.max_wait_s
+
+    def _num_next(self, queue: _Queue) -> int:
         """Samples of the next batch, were it taken now."""
-        return sum(shares(len(self._waiting), len(self._offline), self._settings))
+        return sum(self._shares(queue))
+
+    def _shares(self, queue: _Queue) -> tuple[int, int]:
+        quota = self._settings.user_quota if queue is self._queues[GROUP] else None
+        waiting = len(chosen(queue.waiting, self._settings.batch_size, quota))
+        return shares(waiting, len(queue.offline), self._settings)
 
     def _lease(self, step: int) -> Batch:
         if self._closed:
             return Batch(CLOSED)
         if step not in self._leases:
-            fresh, offline = shares(len(self._waiting), len(self._offline), self._settings)
-            kept = len(self._offline) - offline
-            self._leases[step] = Batch(step, tuple(self._waiting[:fresh] + self._offline[kept:][::-1]))
+            now = time.monotonic()
+            scope = next(name for name, queue in self._queues.items() if self._enough(queue) <= now)
+            queue = self._queues[scope] = self._queues.pop(scope)  # the last to be served again
+            fresh, offline = self._shares(queue)
+            first = chosen(queue.waiting, fresh, self._settings.user_quota if scope == GROUP else None)
+            kept, taken = len(queue.offline) - offline, {sample.id for sample in first}
+            self._leases[step] = Batch(step, (*first, *queue.offline[kept:][::-1]), scope)
             if offline:
                 self._replayed += offline
                 metric("buffer/replayed_num").inc(offline)
-            self._sort(self._offline[:kept] + self._waiting[fresh:])
-            self._since = time.monotonic()
+            left = [sample for sample in queue.waiting if sample.id not in taken]
+            queue.offline = queue.offline[:kept]
+            queue.waiting = left
+            self._sort(scope)
+            queue.since = now
         return self._leases[step]
 
-    def _sort(self, samples: list[Sample]) -> None:
-        """Those of `samples` that are young enough, or trained on again, wait; of the others the newest stay offline,
-        and what is left is dropped and counted.
+    def _sort(self, scope: str, new: Sequence[Sample] = ()) -> None:
+        """Of what waits, is offline or new, what is young enough, or trained on again, waits; of the others the newest
+        stay offline, and what is left is dropped and counted.
         """
-        most = self._settings.max_lag
-        young = [each for each in samples if lag(self._line, each.newest_version) <= most or each.id in self._released]
-        if not self._waiting:
-            self._since = time.monotonic()
-        self._waiting, kept = young, {sample.id for sample in young}
+        queue, most = self._queues[scope], self._settings.max_lag
+        samples, line = [*queue.offline, *queue.waiting, *new], queue.line or self._queues[GROUP].line
+        young = [each for each in samples if lag(line, each.newest_version) <= most or each.id in self._released]
+        if not queue.waiting:
+            queue.since = time.monotonic()
+        queue.waiting, kept = young, {sample.id for sample in young}
         old = [sample for sample in samples if sample.id not in kept]
         room = self._settings.replay_size if self._settings.replay_fraction else 0
-        self._offline = sorted(old, key=_recency)[max(0, len(old) - room) :]
-        kept |= {sample.id for sample in self._offline}
-        metric("buffer/size_num").set(len(self._waiting))
-        metric("buffer/offline_num").set(len(self._offline))
-        dropped = {sample.id for sample in old if sample.id not in kept} - self._dropped
+        queue.offline = sorted(old, key=_recency)[max(0, len(old) - room) :]
+        kept |= {sample.id for sample in queue.offline}
+        self._measure()
+        dropped = {(scope, sample.id) for sample in old if sample.id not in kept} - self._dropped
         if dropped:
             self._dropped |= dropped
             metric("buffer/dropped_num").inc(len(dropped))
-            log.info("event=samples_dropped number=%d version=%d", len(dropped), self._line[0])
+            log.info("event=samples_dropped number=%d version=%d", len(dropped), line[0])
+
+    def _measure(self) -> None:
+        queues = self._queues.values()
+        metric("buffer/size_num").set(sum(len(queue.waiting) for queue in queues))
+        metric("buffer/offline_num").set(sum(len(queue.offline) for queue in queues))
 
     def _rebuild(self) -> None:
         """Forget leases and samples, and read the journal again from its beginning."""
@@ -181,7 +231,9 @@ class ReplayBuffer:
             log.warning("event=leases_abandoned steps=%s", sorted(self._leases))
         self._filling.cancel()
         self._leases.clear()
-        self._sort([])
+        for scope, queue in self._queues.items():
+            queue.waiting, queue.offline = [], []
+            self._sort(scope)
         self._filling = asyncio.create_task(self._fill())
 
     async def _heed(self) -> None:
@@ -215,16 +267,29 @@ class ReplayBuffer:
                 continue
             if found:
                 after = found[-1][0]
-                self._sort(self._offline + self._waiting + [sample for _, sample in found])
+                self._take_in(found)
                 async with self._changed:
                     self._changed.notify_all()
 
+    def _take_in(self, found: Sequence[tuple[int, Sample, tuple[str, ...]]]) -> None:
+        """Each sample into the queues of those who are to learn from it."""
+        new: defaultdict[str, list[Sample]] = defaultdict(list)
+        for _, sample, scopes in found:
+            for scope in scopes:
+                if scope == GROUP or self._policy_scope != "group":
+                    new[scope].append(sample)
+        for scope, samples in new.items():
+            self._queues.setdefault(scope, _Queue())
+            self._sort(scope, samples)
+
     async def _read_versions(self) -> None:
-        """Where the trainer stands, before it says so itself, and what rejected versions learnt from."""
+        """Where each policy stands, before the trainer says so itself, and what rejected versions learnt from."""
         versions, events = await asyncio.gather(self._journal.versions.remote(), self._journal.version_events.remote())
         registry = Registry(versions, events)
         states = registry.states()
-        self._line = self._line or registry.line(registry.head)
+        for scope in registry.scopes():
+            queue = self._queues.setdefault(scope, _Queue())
+            queue.line = queue.line or registry.line(registry.head(scope))
         self._released = frozenset(
             sample for each in versions if states[each.number] == "rejected" for sample in each.samples
         )

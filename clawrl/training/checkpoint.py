@@ -123,9 +123,10 @@ def remove_states(folder: Path, numbers: Collection[int]) -> None:
 
     A state that is being written right now is lost too, which costs the exactness of a restart and nothing else.
     """
-    for state in [path for number in numbers for path in folder.glob(f"{number}-from-*")]:
+    for state in [path for number in numbers for path in folder.glob(f"*/{number}-from-*")]:
         shutil.rmtree(state, ignore_errors=True)
-    remove_unfinished(folder)
+    for policy in folder.glob("*/"):
+        remove_unfinished(policy)
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -85,10 +85,11 @@ def plan(
     if retrain:
         for number in learnt:
             decided += registry.reject(number, "learnt from what was erased", at)
-        while decided and registry.head != 0 and registry.head not in on_disk:
-            decided += registry.reject(registry.head, "its checkpoint is gone, training goes on from before", at)
+        for scope in registry.scopes() if decided else ():
+            while (head := registry.head(scope)) != 0 and head not in on_disk:
+                decided += registry.reject(head, "its checkpoint is gone, training goes on from before", at)
     carried = {number for number in on_disk if _carries(registry, number, learnt)} if retrain else set()
-    restored = registry.head if decided else None
+    restored = registry.head() if decided else None
     erasure = Erasure(user, session, content.turns, learnt, restored, at)
     pinned = sorted(carried & set(content.pinned))
     return Plan(erasure, content.samples, tuple(decided), tuple(sorted(carried)), tuple(pinned), content.unknown)

@@ -35,6 +35,7 @@ def listing(
             {
                 "number": number,
                 "parent": registry.parent(number),
+                "scope": registry.scope(number),
                 "state": state,
                 "at": record.at if record else None,
                 "samples": len(record.samples) if record else 0,

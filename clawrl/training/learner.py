@@ -74,6 +74,8 @@ class Learner:
         self._parameters = {name: each for name, each in named.items() if each.requires_grad}
         adapter = {} if lora is None else self._parameters
         self._initial = {name: _local(each).detach().clone() for name, each in adapter.items()}
+        self._anchor: dict[str, Tensor] = {}  # this rank's rows of the weights that a step may be held near to
+        self._pull = 0.0 if lora is None else settings.learning_rate * lora.anchor
         self.reset_optimizer()
 
     @property
@@ -115,8 +117,11 @@ class Learner:
                 found[f"{name}/weight"] = parameter.detach()
         return found
 
-    def update(self, samples: Sequence[Sample], version: int) -> dict[str, float]:
+    def update(self, samples: Sequence[Sample], version: int, *, anchored: bool = False) -> dict[str, float]:
         """One optimizer step on a batch, starting from `version`; returns the step's metrics, equal on all ranks.
+
+        `anchored`, the weights are then pulled towards `anchor`'s, w <- w - lr λ (w - anchor): a personal model near
+        the global one (Ditto, arXiv:2012.04221, eq. 1), decoupled from the gradient as AdamW's weight decay is.
 
         Samples with a number that is not finite are left out and counted (`samples_unusable`). If the loss or the
         gradient still is not finite, nothing is changed and `skipped` is 1: the step is over all the same. A step
@@ -139,7 +144,7 @@ class Learner:
                 normalise_length=self._learning.normalise_length,
                 version=version,
             )[self.rank]
-            metrics |= self._step(rows)
+            metrics |= self._step(rows, self._pull if anchored else 0.0)
         metrics["seconds"] = time.perf_counter() - started
         metrics["tokens_per_s"] = metrics["tokens"] / metrics["seconds"]
         return metrics
@@ -212,23 +217,34 @@ class Learner:
         No buckets at all are an adapter's version 0. Raises WeightSyncError if a parameter is missing. Heads tied to
         the embeddings are passed over.
         """
+        self._read(buckets, {name: _local(parameter) for name, parameter in self._parameters.items()})
+        self._reshard()
+        self.reset_optimizer()
+
+    @torch.no_grad()
+    def anchor(self, buckets: Iterable[Bucket]) -> None:
+        """Take these weights, as `load` would, for those that anchored steps are held near to."""
+        if not self._anchor:
+            self._anchor = {name: torch.empty_like(_local(each)) for name, each in self._parameters.items()}
+        self._read(buckets, self._anchor)
+
+    # --- inside ---
+
+    def _read(self, buckets: Iterable[Bucket], into: dict[str, Tensor]) -> None:
+        """Copy this rank's rows of a version. Raises WeightSyncError if a parameter is missing."""
         for name, initial in self._initial.items():
-            _local(self._parameters[name]).copy_(initial)
-        missing, anything = set(self._parameters), not self._initial
+            into[name].copy_(initial)
+        missing, anything = set(into), not self._initial
         for bucket in buckets:
             anything = True
             for name, dtype, array in zip(bucket.names, bucket.dtypes, bucket.arrays, strict=True):
                 if name in missing:
-                    local, whole = _local(self._parameters[name]), _as_tensor(array, dtype)
+                    local, whole = into[name], _as_tensor(array, dtype)
                     rows = -(-whole.shape[0] // self.world)
                     local.copy_(whole[self.rank * rows : self.rank * rows + local.shape[0]])
                     missing.remove(name)
         if missing and anything:
             raise WeightSyncError(f"the version lacks {len(missing)} parameters, {min(missing)} among them")
-        self._reshard()
-        self.reset_optimizer()
-
-    # --- inside ---
 
     def _score_chunk(
         self, samples: Sequence[Sample], stop_id: int | None, started: float
@@ -258,7 +274,7 @@ class Learner:
             for logprobs, stops in zip(*(np.split(column, starts[1:-1]) for column in columns), strict=True)
         ], table[-1].item()
 
-    def _step(self, rows: Sequence[PackedRow]) -> dict[str, float]:
+    def _step(self, rows: Sequence[PackedRow], pull: float) -> dict[str, float]:
         sums = torch.zeros(len(_LOSSES), dtype=torch.float64, device=self._device)
         counts = torch.zeros(len(TALLIED), 2, dtype=torch.float64, device=self._device)
         self._optimizer.zero_grad(set_to_none=True)
@@ -280,9 +296,9 @@ class Learner:
             parts = (loss.value, loss.policy.value, loss.distillation.value, loss.divergence)
             sums += torch.stack([part.detach().double() for part in parts])
             counts += tally(scored.logprobs.detach(), scored.entropy, loss, targets)
-        return self._apply(sums, counts)
+        return self._apply(sums, counts, pull)
 
-    def _apply(self, sums: Tensor, counts: Tensor) -> dict[str, float]:
+    def _apply(self, sums: Tensor, counts: Tensor, pull: float) -> dict[str, float]:
         """Clip the gradient and step, unless something is not finite; agreed over ranks in one reduction."""
         locals_ = [_local(parameter) for parameter in self._parameters.values() if parameter.grad is not None]
         gradients = [_local(p.grad) for p in self._parameters.values() if p.grad is not None]
@@ -300,6 +316,9 @@ class Learner:
             gradient.mul_(scale)
         before = [local.detach().clone() for local in locals_]
         self._optimizer.step()
+        if pull:
+            for name, anchor in self._anchor.items():
+                _local(self._parameters[name]).detach().lerp_(anchor, min(1.0, pull))
         self._optimizer.zero_grad(set_to_none=True)
         change = _square_sum([after.detach() - old for after, old in zip(locals_, before, strict=True)])
         dist.all_reduce(change, group=self._mesh.get_group())

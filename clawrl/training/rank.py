@@ -2,18 +2,19 @@
 
 Consumes the buffer's batches; waits for them in short turns; unblocks replicas through the weight store's offer.
 
-    rank 0: store.latest ─► buffer.take(step) ─► broadcast ─┐
-    all:                                     load │ train │ wait │ close
-                                              │      └► update ► gate ► hold buckets ► canary ► checkpoint ► barrier
-    rank 0:                                   │             store.offer ► buffer.release ► buffer.advance
-                                              └► weights and moments of the head, where it is not what this group holds
+    rank 0: store.heads ─► buffer.take(step) ─► broadcast ─┐
+    all:                             train │ wait │ close ◄─┘
+                                       └► load ► update ► gate ► hold buckets ► canary ► checkpoint ► barrier
+    rank 0:                               │           store.offer ► buffer.release ► buffer.advance
+                                          └ weights and moments of the batch's policy, where others are held here
 
-A step's number is the version it makes; random numbers are seeded by it. Nothing is kept here that a restart would
-miss: a new group, of any size, asks the store for its head and the buffer for the same step, and gets the same batch
-unless that step's version was recorded. The head is asked for before every step, so a rejected version is left the
-same way. AdamW's moments are those of the head (`resume`), or start anew where there are none. A batch whose step
-could not be taken (see `Learner.update`) makes a version equal to its parent, with `skipped` = 1 among its metrics:
-its samples are consumed once, as always, and can be found by that version.
+A batch is one policy's, everyone's or a user's, and its step goes on from that policy's head. A step's number is the
+version it makes; random numbers are seeded by it. Nothing is kept here that a restart would miss: a new group, of any
+size, asks the store for heads and the buffer for the same step, and gets the same batch unless that step's version was
+recorded. The head is asked for before every step, so a rejected version is left the same way. AdamW's moments are
+those of the head (`resume`), or start anew where there are none. A batch whose step could not be taken (see
+`Learner.update`) makes a version equal to its parent, with `skipped` = 1 among its metrics: its samples are consumed
+once, as always, and can be found by that version.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from clawrl.training.resume import TrainerCheckpoints
 from clawrl.training.trainer import TrainLoop
 from clawrl.training.versions import LINE, lag
 from clawrl.training.weights import Head
-from clawrl.types import Batch, Bucket, GateDecision, Sample, WeightVersion
+from clawrl.types import GROUP, Batch, Bucket, GateDecision, Sample, WeightVersion
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +63,11 @@ CANARY_TEXTS = (
 class _Order(NamedTuple):
     """What rank 0 tells all ranks to do next."""
 
-    kind: Literal["load", "train", "wait", "close"]
-    head: Head
+    kind: Literal["train", "wait", "close"]
+    head: Head  # of the batch's policy
     batch: Batch | None = None
     held_out: Sequence[tuple[Sample, int | None]] = ()  # what the version will be measured on
+    anchor: int | None = None  # everyone's version that a user's is held near to
 
 
 def train_rank(loop: TrainLoop, checkpoint_folder: Path) -> None:
@@ -112,7 +114,9 @@ class _Rank:
         self._loop, self._learner, self._checkpoints, self._canary = loop, learner, checkpoints, canary
         self._inspection = inspection
         self._store, self._buffer = loop.store, loop.buffer
-        self._version = 0  # the weights this group holds; those of the model's folder at first
+        self._holds = (0, GROUP)  # the version of this group's weights, and whose moments; the model's folder at first
+        self._anchor: int | None = None  # the version that the learner's anchor is
+        self._told: dict[str, int] = {}  # rank 0: the heads that the buffer knows of
 
     def run(self) -> None:
         anchor = self._learner.canary(self._canary)
@@ -122,9 +126,7 @@ class _Rank:
             order = self._agree()
             if order.kind == "close":
                 return
-            if order.kind == "load":
-                self._load(order.head)
-            elif order.kind == "train" and order.batch is not None:
+            if order.kind == "train" and order.batch is not None:
                 self._train(order)
 
     def _agree(self) -> _Order:
@@ -136,57 +138,80 @@ class _Rank:
         return order
 
     def _decide(self) -> _Order:
-        """Rank 0: follow the head, then the buffer."""
-        head: Head = ray.get(self._store.latest.remote())
-        if head.number != self._version:
-            ray.get([self._buffer.release.remote(head.number), self._buffer.advance.remote(head.line)])
-            return _Order("load", head)
+        """Rank 0: tell the buffer of heads that are not those it knows of, then ask it for a batch."""
+        heads: dict[str, int] = ray.get(self._store.heads.remote())
+        for scope, number in sorted(heads.items(), key=lambda item: item[1]):
+            if self._told.get(scope, 0) != number:
+                head: Head = ray.get(self._store.latest.remote(scope))
+                self._settled(head.number, head.line, scope)
+        head = ray.get(self._store.latest.remote())
+        anchor = head.number
         batch: Batch | None = ray.get(self._buffer.take.remote(head.next_number, TAKE_TIMEOUT_S))
         if batch is None:
             return _Order("wait", head)
         if batch.step < 0:
             return _Order("close", head)
+        head = ray.get(self._store.latest.remote(batch.scope))
+        if head.next_number != batch.step:  # another has been recorded meanwhile
+            return _Order("wait", head)
         gate = self._loop.gate
-        held_out = ray.get(self._loop.journal.held_out.remote(gate.size)) if gate.share > 0 else []
-        return _Order("train", head, batch, held_out)
+        held_out = ray.get(self._loop.journal.held_out.remote(gate.size, batch.scope)) if gate.share > 0 else []
+        return _Order("train", head, batch, held_out, anchor if self._anchored(batch.scope) else None)
 
-    def _load(self, head: Head) -> None:
-        """Take over the head: weights from the store, each rank its rows, and the moments that go with them."""
+    def _anchored(self, scope: str) -> bool:
+        """Whether a policy is held near to everyone's."""
+        lora = self._loop.lora
+        return lora is not None and lora.policy_scope == "hierarchy" and scope != GROUP and lora.anchor > 0
+
+    def _settled(self, number: int, line: Sequence[int], scope: str) -> None:
+        """Rank 0: this is a policy's head; the buffer lets go of the batch that made it, and of what is too old."""
+        ray.get([self._buffer.release.remote(number), self._buffer.advance.remote(line, scope)])
+        self._told[scope] = number
+
+    def _load(self, head: Head, scope: str) -> None:
+        """Take over a head: weights from the store, each rank its rows, and the moments that go with them."""
         logger.info("event=load version=%d rank=%d", head.number, self._learner.rank)
         self._learner.load(_fetched(self._store, head.number))
-        if self._checkpoints.has(head.line) and not self._checkpoints.load(head.line, self._learner.state()):
+        if not self._checkpoints.has(head.line, scope):
+            return
+        if not self._checkpoints.load(head.line, self._learner.state(), scope):
             self._learner.load(_fetched(self._store, head.number))
-        self._version = head.number
 
     def _train(self, order: _Order) -> None:
         """Update, examine, publish, and settle the batch; a version may still be refused, then the head says so."""
         head, batch = order.head, order.batch
         assert batch is not None
+        if self._holds != (head.number, batch.scope):
+            self._load(head, batch.scope)
+        if order.anchor not in (None, self._anchor):
+            self._learner.anchor(_fetched(self._store, order.anchor))
+            self._anchor = order.anchor
         line = (head.next_number, *head.line)[:LINE]
         _seed(self._loop.trainer.seed, step=head.next_number, rank=self._learner.rank)
         self._inspection.begin(head.number, order.held_out)
-        metrics = self._learner.update(batch.samples, head.number)
+        metrics = self._learner.update(batch.samples, head.number, anchored=order.anchor is not None)
         metrics["lag_mean"] = float(np.mean([lag(head.line, sample.newest_version) for sample in batch.samples]))
-        self._version = head.next_number
+        self._holds = head.next_number, batch.scope
         decision = self._examined(line, metrics, batch)
         serves = decision is None or decision.passed
         started = time.perf_counter()
-        num_buckets = self._hold(self._version) if serves else 0
+        num_buckets = self._hold(head.next_number) if serves else 0
         canary = self._learner.canary(self._canary)
         publish_s, started = time.perf_counter() - started, time.perf_counter()
         if serves:
-            self._checkpoints.save(line, self._learner.state())
+            self._checkpoints.save(line, self._learner.state(), batch.scope)
         metrics |= {"publish_s": publish_s, "checkpoint_s": time.perf_counter() - started}
         dist.barrier()
         if self._learner.rank == 0:
             version = WeightVersion(
-                number=self._version,
+                number=head.next_number,
                 parent=head.number,
                 kind="full" if self._loop.lora is None else "lora",
                 checkpoint=None,
                 samples=tuple(sample.id for sample in batch.samples),
                 metrics=metrics,
                 at=time.time(),
+                scope=batch.scope,
             )
             self._settle(version, num_buckets, canary, line, decision)
 
@@ -197,7 +222,7 @@ class _Rank:
         evidence = self._inspection.end(line, metrics.get("update_norm", 0.0), batch.samples)
         box: list[GateDecision | None] = [None]
         if self._learner.rank == 0:
-            box[0] = decide(evidence, self._loop.gate, self._version, seconds=self._inspection.seconds, at=time.time())
+            box[0] = decide(evidence, self._loop.gate, line[0], seconds=self._inspection.seconds, at=time.time())
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
@@ -225,10 +250,10 @@ class _Rank:
         if not ray.get(self._store.offer.remote(version, num_buckets, canary, decision)):
             logger.warning("event=version_refused version=%d parent=%s", version.number, version.parent)
             return
-        ray.get(self._buffer.release.remote(version.number))
         if decision is not None and not decision.passed:  # nothing is older for a version that nobody gets
+            ray.get(self._buffer.release.remote(version.number))
             return
-        ray.get(self._buffer.advance.remote(line))
+        self._settled(version.number, line, version.scope)
         metrics = version.metrics
         metric("trainer/step_num").set(version.number)
         for name, key in (("trainer/loss_value", "loss"), ("trainer/lag_num", "lag_mean")):

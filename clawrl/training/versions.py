@@ -3,6 +3,12 @@
 Knows versions and events. Ignores tensors, replicas and the journal that keeps the events. The latest event of a
 version holds; version 0, the model as configured, serves from the start.
 
+A version is everyone's or one user's (its scope), all under one numbering; a user's first one comes from everyone's.
+States follow one another within a scope. A user without a version of their own has everyone's:
+
+    everyone's    0 ── 1 ── 3 ── 6          3 is rejected: so are 6, 4 and 5
+    Ann's                   └── 4 ── 5
+
     candidate ──► serving ──► retired          retired ──► serving   (its successors were rejected)
         │  └────────┼──────────► ▲ (overtaken)
         └───────────┴──► rejected                     the end: a rejected version never serves again
@@ -17,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from clawrl.errors import WeightSyncError
-from clawrl.types import Canary, Swap, VersionEvent, VersionState, WeightVersion
+from clawrl.types import GROUP, Canary, Swap, VersionEvent, VersionState, WeightVersion
 
 _SUCCESSORS: dict[VersionState, tuple[VersionState, ...]] = {
     "candidate": ("serving", "retired", "rejected"),
@@ -42,6 +48,8 @@ LINE = 1024
 class Registry:
     """States of all versions, kept consistent; every change comes back as events to be recorded.
 
+    Scopes are GROUP (the default) or users' names.
+
     Who must record events before they hold changes a `copy` and applies the events to the original.
     """
 
@@ -52,10 +60,15 @@ class Registry:
         """Know what was recorded, and nothing else."""
         self._parents: dict[int, int] = {}
         self._states: dict[int, VersionState] = {0: "serving"}
+        self._scopes: dict[int, str] = {0: GROUP}
+        self._numbers: dict[str, list[int]] = {GROUP: [0]}  # of each scope, ascending
         for version in sorted(versions, key=lambda version: version.number):
-            self._parents[version.number] = version.parent or 0
-            self._states[version.number] = "candidate"
+            self._put(version.number, version.parent, version.scope, "candidate")
         self.apply(events)
+
+    def _put(self, number: int, parent: int | None, scope: str, state: VersionState) -> None:
+        self._parents[number], self._states[number], self._scopes[number] = parent or 0, state, scope
+        self._numbers.setdefault(scope, []).append(number)
 
     def apply(self, events: Iterable[VersionEvent]) -> None:
         """Take in what was recorded. Raises WeightSyncError for an event of an unknown version."""
@@ -66,7 +79,8 @@ class Registry:
 
     def copy(self) -> Registry:
         other = Registry()
-        other._parents, other._states = dict(self._parents), dict(self._states)
+        other._parents, other._states, other._scopes = dict(self._parents), dict(self._states), dict(self._scopes)
+        other._numbers = {scope: list(numbers) for scope, numbers in self._numbers.items()}
         return other
 
     def __contains__(self, number: int) -> bool:
@@ -81,25 +95,44 @@ class Registry:
     def parent(self, number: int) -> int | None:
         return self._parents.get(number)
 
+    def scope(self, number: int) -> str:
+        """Whose policy a version is. Raises WeightSyncError for one that was never recorded."""
+        self.state(number)
+        return self._scopes[number]
+
+    def scopes(self) -> list[str]:
+        """Everyone's, and those of users who have versions, rejected ones too."""
+        return list(self._numbers)
+
     @property
     def next_number(self) -> int:
         """Numbers are never used twice, not even those of rejected versions."""
         return max(self._states) + 1
 
-    @property
-    def head(self) -> int:
-        """The version that training goes on from: the newest that was not rejected."""
-        return max(number for number, state in self._states.items() if state != "rejected")
+    def head(self, scope: str = GROUP) -> int:
+        """The version that training goes on from: the newest that was not rejected, everyone's if there is none."""
+        found = self._newest(scope, "candidate", "serving", "retired")
+        return self.head() if found is None else found
 
-    @property
-    def desired(self) -> int:
-        """The version replicas should serve: the newest candidate or serving one."""
-        return max(number for number, state in self._states.items() if state in ("candidate", "serving"))
+    def desired(self, scope: str = GROUP) -> int:
+        """The version replicas should serve: the newest candidate or serving one, everyone's if there is none."""
+        found = self.own(scope)
+        return self.desired() if found is None else found
 
-    @property
-    def serving(self) -> int | None:
+    def own(self, scope: str) -> int | None:
+        """The newest candidate or serving version of a scope itself."""
+        return self._newest(scope, "candidate", "serving")
+
+    def serving(self, scope: str = GROUP) -> int | None:
         """The newest version that has proved itself."""
-        return max((number for number, state in self._states.items() if state == "serving"), default=None)
+        return self._newest(scope, "serving")
+
+    def _newest(self, scope: str, *states: VersionState) -> int | None:
+        return next((each for each in reversed(self._numbers.get(scope, ())) if self._states[each] in states), None)
+
+    def numbers(self, scope: str) -> list[int]:
+        """A scope's versions, oldest first."""
+        return list(self._numbers.get(scope, ()))
 
     def states(self) -> dict[int, VersionState]:
         return dict(self._states)
@@ -114,60 +147,77 @@ class Registry:
         return tuple(found)
 
     def newest(self, count: int) -> list[int]:
-        """The newest versions that were not rejected."""
-        return sorted((number for number, state in self._states.items() if state != "rejected"), reverse=True)[:count]
+        """The newest versions of each scope that were not rejected."""
+        left = ([each for each in numbers if self._states[each] != "rejected"] for numbers in self._numbers.values())
+        return [number for numbers in left for number in numbers[-count:]]
 
-    def candidate(self, number: int, parent: int | None, at: float) -> VersionEvent:
+    def candidate(self, number: int, parent: int | None, at: float, scope: str = GROUP) -> VersionEvent:
         """The event with which `number` may enter; `add` takes it once it is recorded.
 
-        Raises WeightSyncError if the number is taken or the parent cannot have children.
+        Raises WeightSyncError if the number is taken or the parent cannot have such children.
         """
         if number != self.next_number:
             raise WeightSyncError(f"version {number} cannot be next, {self.next_number} is; ask for the head again")
         if parent is None or self.state(parent) == "rejected":
-            raise WeightSyncError(f"version {number} comes from {parent}, which is rejected; go on from {self.head}")
+            raise WeightSyncError(
+                f"version {number} comes from {parent}, which is rejected; go on from {self.head(scope)}"
+            )
+        if self._scopes[parent] not in (GROUP, scope):
+            raise WeightSyncError(f"version {number} comes from {parent}, which is another user's")
         return VersionEvent(number, "candidate", f"trained from {parent}", at)
 
-    def add(self, event: VersionEvent, parent: int | None) -> None:
+    def add(self, event: VersionEvent, parent: int | None, scope: str = GROUP) -> None:
         """Take in a version by the event of `candidate`."""
-        self._parents[event.version], self._states[event.version] = parent or 0, event.state
+        self._put(event.version, parent, scope, event.state)
 
     def accept(self, number: int, reason: str, at: float) -> list[VersionEvent]:
-        """The version serves; those it overtook retire. Nothing happens if it serves already."""
+        """The version serves; those of its scope that it overtook retire. Nothing happens if it serves already."""
         if self.state(number) == "serving":
             return []
         events = [self._enter(number, "serving", reason, at)]
-        for older in sorted(self._states):
+        for older in self._numbers[self._scopes[number]]:
             if older < number and self._states[older] in ("candidate", "serving"):
                 events.append(self._enter(older, "retired", f"overtaken by {number}", at))
         return events
 
     def reject(self, number: int, reason: str, at: float) -> list[VersionEvent]:
-        """Reject a version and all that was trained from it; if nothing is left to serve, its parent returns."""
+        """Reject a version and all that was trained from it; where nothing is left to serve, the newest returns."""
         if self.state(number) == "rejected":
             return []
         if number == 0:
             raise WeightSyncError(
                 "version 0 is the model as configured and cannot be rejected; configure another model"
             )
-        events = [self._enter(number, "rejected", reason, at)]
-        for later in sorted(self._states):
-            if later > number and self._descends(later, number) and self._states[later] != "rejected":
-                events.append(self._enter(later, "rejected", f"trained from rejected {number}", at))
-        if not any(state in ("candidate", "serving") for state in self._states.values()):
-            events.append(self._enter(self.head, "serving", f"restored, {number} was rejected", at))
+        events = self._reject_line(number, reason, f"trained from rejected {number}", at)
+        for scope in sorted({self._scopes[event.version] for event in events}):
+            left = self._newest(scope, "retired")
+            if left is not None and self.own(scope) is None:
+                events.append(self._enter(left, "serving", f"restored, {number} was rejected", at))
         return events
 
-    def rollback(self, number: int | None, reason: str | None, at: float) -> list[VersionEvent]:
+    def before(self, scope: str) -> int:
+        """The version that a scope's serving one came from. Raises WeightSyncError if there is none."""
+        serving = self.serving(scope)
+        found = self.parent(self.desired(scope) if serving is None else serving)
+        if found is None:
+            raise WeightSyncError("version 0, the model as configured, serves; there is none before it")
+        return found
+
+    def rollback(
+        self, number: int | None, reason: str | None, at: float, scope: str | None = None
+    ) -> list[VersionEvent]:
         """Serve and train from `number` again (None: the parent of the serving version): all newer ones are rejected.
 
-        Raises WeightSyncError if there is no such version, or it never proved itself, or it was rejected.
+        Those of its scope, and what was trained from them. With a user's `scope` and a version of everyone's, all of
+        the user's are rejected. Raises WeightSyncError if there is no such version, or it never proved itself, or it
+        was rejected, or it is another user's.
         """
         if number is None:
-            number = self.parent(self.desired if self.serving is None else self.serving)
-            if number is None:
-                raise WeightSyncError("version 0, the model as configured, serves; there is none before it")
+            number = self.before(scope or GROUP)
         state = self.state(number)
+        scope = self._scopes[number] if scope is None else scope
+        if self._scopes[number] not in (GROUP, scope):
+            raise WeightSyncError(f"version {number} is of the user {self._scopes[number]!r}; leave the user out")
         if state in ("candidate", "rejected"):
             proven = [each for each, now in self._states.items() if now in ("serving", "retired")]
             why = "has not served yet" if state == "candidate" else "was rejected"
@@ -175,11 +225,23 @@ class Registry:
                 f"version {number} {why}; choose one that has served, the newest of them is {max(proven, default=0)}"
             )
         reason = reason or f"rolled back to {number} by user"
-        newer = sorted(each for each, now in self._states.items() if each > number and now != "rejected")
-        events = [self._enter(each, "rejected", reason, at) for each in newer]
-        if state != "serving":
+        own = self._scopes[number] == scope
+        events: list[VersionEvent] = []
+        for each in self._numbers.get(scope, ()):
+            if each > number or not own:
+                events += self._reject_line(each, reason, reason, at)
+        if own and state != "serving":
             events.append(self._enter(number, "serving", reason, at))
         return events
+
+    def _reject_line(self, number: int, reason: str, others: str, at: float) -> list[VersionEvent]:
+        """Reject a version and, for the reason `others`, all that was trained from it, where that is not so already."""
+        line = [each for each in sorted(self._states) if each >= number and self._descends(each, number)]
+        return [
+            self._enter(each, "rejected", reason if each == number else others, at)
+            for each in line
+            if self._states[each] != "rejected"
+        ]
 
     def _descends(self, number: int, ancestor: int) -> bool:
         at: int | None = number

@@ -1,7 +1,8 @@
 """The watch after promotion: what people say of the versions that serve them, and the way back when it gets worse.
 
 Knows judged turns, in the order of their judgement, and the weight store's way back. Ignores how turns are judged and
-how weights are swapped. It is a view: a watch that restarts reads the newest judged turns again.
+how weights are swapped. It is a view: a watch that restarts reads the newest judged turns again. Everyone's policy is
+watched by all that it said, and a user's by what it said to them, against what everyone's had before.
 
     journal.judged_turns ──(long poll)──► FallDetector, bounds on length and repetition ──fall──► store.withdraw
 
@@ -19,13 +20,14 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from clawrl.config import GateSection
-from clawrl.types import GateCheck, GateDecision, Judgement, Turn
+from clawrl.types import GROUP, GateCheck, GateDecision, Judgement, Turn
 
 log = logging.getLogger(__name__)
 
@@ -172,16 +174,49 @@ def repetition(token_ids: np.ndarray) -> float:
     return 1 - len(np.unique(grams, axis=0)) / len(grams)
 
 
+class Detectors:
+    """What watches one policy."""
+
+    def __init__(self, settings: GateSection) -> None:
+        self._settings = settings
+        self._falls = FallDetector(settings.false_alarm_turns, settings.tolerance)
+        self._corrections = FallDetector(settings.false_alarm_turns, settings.tolerance)
+        self._bounds = ReplyBounds(settings.max_length_ratio, settings.max_repetition)
+
+    def restart(self) -> None:
+        """Forget what was said of a version that is gone."""
+        for detector in (self._falls, self._corrections, self._bounds):
+            detector.restart()
+
+    def decided(self, turn: Turn, judgement: Judgement, version: int) -> GateDecision | None:
+        """Take in a turn; a decision if it is one too many. Version 0 is never blamed."""
+        if judgement.score is not None:
+            streams: tuple[tuple[Literal["reward", "corrections"], FallDetector, float], ...] = (
+                ("reward", self._falls, float(judgement.score)),
+                ("corrections", self._corrections, -1.0 if judgement.score == -1 else 1.0),
+            )
+            for kind, detector, score in streams:
+                fall = detector.add(score, version)
+                if fall is not None:
+                    return fall_decision(kind, fall, version, self._settings)
+        ids = turn.capture.completion_ids
+        bounded = self._bounds.add(len(ids), repetition(ids), version)
+        if bounded is None:
+            return None
+        check, blamed = bounded
+        return decision(
+            f"{check.name} of the last {FEWEST} replies {check.value:.2f}, {check.bound}", check, blamed, version
+        )
+
+
 class Watch:
     """Async actor. `journal` and `store` are handles. It starts by itself and asks again whatever fails."""
 
     def __init__(self, settings: GateSection, journal: Any, store: Any) -> None:
         self._settings, self._journal, self._store = settings, journal, store
-        self._falls = FallDetector(settings.false_alarm_turns, settings.tolerance)
-        self._corrections = FallDetector(settings.false_alarm_turns, settings.tolerance)
-        self._bounds = ReplyBounds(settings.max_length_ratio, settings.max_repetition)
+        self._detectors: dict[str, Detectors] = {}  # by scope
         self._turns = 0
-        self._undelivered: GateDecision | None = None
+        self._undelivered: deque[tuple[str, GateDecision]] = deque()
         self._following = asyncio.create_task(self._follow()) if settings.enabled else None
 
     async def stats(self) -> dict[str, int]:
@@ -200,50 +235,42 @@ class Watch:
                     found = await self._journal.recent_judged_turns.remote(2 * REFERENCE)
                 else:
                     found = await self._journal.judged_turns.remote(after, _POLL_TURNS, _POLL_S)
-                states = await self._states() if found else {}
+                standing = await self._store.standing.remote() if found else {}
                 after = after or 0
                 for seq, turn, judgement in found:
                     after = max(after, seq)
                     version = max((span.version for span in turn.capture.versions), default=0)
-                    if states.get(version) != "rejected":
-                        self._undelivered = self._decided(turn, judgement, version)
-                        states = await self._states() if await self._deliver() else states
+                    state, scope = standing.get(version, (None, GROUP))
+                    if state != "rejected":
+                        self._take_in(turn, judgement, version, scope, {own for _, own in standing.values()})
+                        standing = await self._store.standing.remote() if await self._deliver() else standing
             except Exception as error:
                 log.warning("event=watch_waits error=%s retry_s=%g", type(error).__name__, _RETRY_S)
                 await asyncio.sleep(_RETRY_S)
 
     async def _deliver(self) -> bool:
         """Tell the store what was decided, which is kept until it has heard; false if there is nothing to tell."""
-        if self._undelivered is None:
+        if not self._undelivered:
             return False
-        await self._store.withdraw.remote(self._undelivered)
-        self._undelivered = None
-        for detector in (self._falls, self._corrections, self._bounds):
-            detector.restart()  # what they hold was said of a version that is gone
+        while self._undelivered:
+            scope, decided = self._undelivered[0]
+            await self._store.withdraw.remote(decided)
+            self._undelivered.popleft()
+            for each in self._detectors if scope == GROUP else (scope,):  # users' policies come from everyone's
+                self._detectors[each].restart()
         return True
 
-    async def _states(self) -> dict[int, str]:
-        return (await self._store.status.remote())["states"]
-
-    def _decided(self, turn: Turn, judgement: Judgement, version: int) -> GateDecision | None:
+    def _take_in(self, turn: Turn, judgement: Judgement, version: int, scope: str, scopes: Collection[str]) -> None:
+        """A turn tells of the policy that spoke. For a user's own, everyone's is what was before, and blameless."""
         self._turns += 1
-        if judgement.score is not None:
-            streams: tuple[tuple[Literal["reward", "corrections"], FallDetector, float], ...] = (
-                ("reward", self._falls, float(judgement.score)),
-                ("corrections", self._corrections, -1.0 if judgement.score == -1 else 1.0),
-            )
-            for kind, detector, score in streams:
-                fall = detector.add(score, version)
-                if fall is not None:
-                    return fall_decision(kind, fall, version, self._settings)
-        ids = turn.capture.completion_ids
-        bounded = self._bounds.add(len(ids), repetition(ids), version)
-        if bounded is None:
-            return None
-        check, blamed = bounded
-        return decision(
-            f"{check.name} of the last {FEWEST} replies {check.value:.2f}, {check.bound}", check, blamed, version
-        )
+        watched = {scope: version}
+        if turn.user in scopes:
+            watched.setdefault(turn.user, 0)
+        for each, blamed in watched.items():
+            if each not in self._detectors:
+                self._detectors[each] = Detectors(self._settings)
+            if (decided := self._detectors[each].decided(turn, judgement, blamed)) is not None:
+                self._undelivered.append((each, decided))
 
 
 def fall_decision(

@@ -8,6 +8,8 @@ actor on the run directory's machine, alone in writing there; all it knows comes
                                  ├──── candidate ► serving, or rejected: desired goes back to the parent ◄────┘
                                  └──── rollback (a person): desired and head go back, all newer ones are rejected
 
+A replica follows everyone's version, and of users those that it was asked for (`meet`).
+
 Tensors are put into the object store a second time, by this actor: an object lives as long as the process that put
 it, and a version must outlive the trainer that made it.
 """
@@ -18,7 +20,7 @@ import asyncio
 import logging
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,7 +47,19 @@ from clawrl.training.checkpoint import (
 from clawrl.training.forgetting import owner, plan
 from clawrl.training.history import apart, difference, listing
 from clawrl.training.versions import Registry, canary_distance, canary_verdict
-from clawrl.types import Bucket, Canary, GateDecision, Pin, Publication, Swap, VersionEvent, WeightVersion
+from clawrl.types import (
+    GROUP,
+    Bucket,
+    Canary,
+    GateDecision,
+    Pin,
+    Publication,
+    Swap,
+    VersionEvent,
+    VersionState,
+    WeightVersion,
+    Withdrawal,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +79,8 @@ class Head:
 class _Replica:
     """What a serving replica last said of itself."""
 
-    version: int
-    seen: float  # monotonic seconds
+    versions: dict[str, int | None]  # that it serves, by scope; None: of a user without one
+    seen: float = 0.0  # monotonic seconds
     stall_ms: float | None = None
     canary_error: float | None = None
 
@@ -102,11 +116,17 @@ class WeightStore:
 
     # --- the trainer's side ---
 
-    async def latest(self) -> Head:
+    async def latest(self, scope: str = GROUP) -> Head:
         """The version a (re)started trainer continues from; its tensors come from `bucket`."""
         registry = await self._known()
-        metric("versions/latest_num").set(registry.head)  # Ray exports a gauge only after it was set
-        return Head(registry.head, registry.next_number, registry.line(registry.head))
+        metric("versions/latest_num").set(registry.head())  # Ray exports a gauge only after it was set
+        number = registry.head(scope)
+        return Head(number, registry.next_number, registry.line(number))
+
+    async def heads(self) -> dict[str, int]:
+        """The version that each policy's training goes on from."""
+        registry = await self._known()
+        return {scope: registry.head(scope) for scope in registry.scopes()}
 
     async def num_buckets(self, number: int) -> int:
         """How many buckets make up a version, which is read from disk if it is no longer in memory."""
@@ -182,7 +202,7 @@ class WeightStore:
             on_disk = {0, *await asyncio.to_thread(_numbers, self._folder)}
 
             def change(changed: Registry) -> list[VersionEvent]:
-                line = [each for each in sorted(changed.states()) if each >= decision.version]
+                line = [each for each in changed.numbers(changed.scope(decision.version)) if each >= decision.version]
                 served = [each for each in line if changed.state(each) != "rejected"]
                 back = [each for each in served if changed.parent(each) in on_disk]
                 if decision.passed or changed.state(decision.version) == "rejected" or not back:
@@ -194,19 +214,24 @@ class WeightStore:
             metric("versions/rollbacks_num").inc()
         logger.warning(
             "event=watch version=%d passed=%s serves=%d reason=%r",
-            decision.version, decision.passed, registry.desired, decision.reason,
+            decision.version, decision.passed, registry.desired(registry.scope(decision.version)), decision.reason,
         )  # fmt: skip
 
     # --- the replicas' side ---
 
-    async def wait(self, replica: str, current: int, timeout_s: float) -> Publication | None:
-        """The version this replica should take over, as soon as it is not `current`; None at the timeout."""
+    async def wait(
+        self, replica: str, versions: dict[str, int | None], timeout_s: float
+    ) -> Publication | Withdrawal | None:
+        """What this replica should take over, as soon as it serves another one to someone; None at the timeout.
+
+        `versions` says what it serves, by scope: to everyone, and to each user that it has met (None: everyone's).
+        """
         registry = await self._known()
-        known = self._replicas.setdefault(replica, _Replica(current, 0.0))
-        known.version, known.seen = current, time.monotonic()
+        known = self._replicas.setdefault(replica, _Replica(versions))
+        known.versions, known.seen = dict(versions), time.monotonic()
         try:
             async with asyncio.timeout(timeout_s), self._change:
-                await self._change.wait_for(lambda: self._closed or registry.desired != current)
+                await self._change.wait_for(lambda: self._closed or _due(registry, known.versions) is not None)
         except TimeoutError:
             return None
         finally:
@@ -215,11 +240,22 @@ class WeightStore:
             await asyncio.sleep(min(timeout_s, 1.0))  # a replica that asks in a loop must not spin
             return None
         registry = await self._known()
+        if (scope := _due(registry, known.versions)) is None:
+            return None
         try:
-            return await self._publication(registry.desired)
+            return await self._publication(registry, scope)
         except WeightSyncError:
             await self._reject_damaged(registry)
-            return await self._publication(registry.desired)
+            return await self._publication(registry, scope)
+
+    async def meet(self, replica: str, user: str) -> Publication | None:
+        """A replica was asked for by a user: their own version, if there is one, and from now on every newer one."""
+        registry = await self._known()
+        self._replicas.setdefault(replica, _Replica({})).versions.setdefault(user, None)
+        if registry.own(user) is None:
+            return None
+        found = await self._publication(registry, user)
+        return found if isinstance(found, Publication) else None
 
     async def bucket(self, number: int, index: int) -> list[ray.ObjectRef]:
         """[reference to a Bucket]: in a list, so that it travels as a reference and is read in place."""
@@ -231,9 +267,9 @@ class WeightStore:
     async def report(self, swap: Swap) -> None:
         """A replica took a version over: record it, and let its canary promote or reject the version."""
         registry = await self._known()
-        registry.state(swap.version)
-        known = self._replicas.setdefault(swap.replica, _Replica(swap.version, 0.0))
-        known.version, known.seen = swap.version, time.monotonic()
+        scope = registry.scope(swap.version)
+        known = self._replicas.setdefault(swap.replica, _Replica({}))
+        known.versions[scope], known.seen = swap.version, time.monotonic()
         known.stall_ms, known.canary_error = swap.stall_ms, swap.canary_error
         expected = await self._expected_move(registry, swap.version)
         verdict = canary_verdict(swap, tolerance=self._settings.canary_tolerance, expected_move=expected)
@@ -254,23 +290,31 @@ class WeightStore:
 
     # --- the operator's side: keyword arguments in, JSON out ---
 
-    async def rollback(self, number: int | None = None, reason: str | None = None) -> dict[str, Any]:
+    async def rollback(
+        self, number: int | None = None, reason: str | None = None, user: str | None = None
+    ) -> dict[str, Any]:
         """Serve `number` again and go on training from it (None: the serving version's parent); nobody waits.
 
-        All newer versions are rejected, for good; what they learnt from stays consumed, and a step that is in work is
-        refused and its batch trained again. Raises WeightSyncError if the version cannot serve.
+        All newer versions of its policy are rejected, for good, with what was trained from them; what they learnt from
+        stays consumed, and a step that is in work is refused and its batch trained again. With `user` it is this user's
+        policy that goes back, to everyone's if `number` is one of everyone's. Raises WeightSyncError if the version
+        cannot serve.
         """
         _require("number", number, int | None)
         _require("reason", reason, str | None)
+        _require("user", user, str | None)
         registry = await self._known()
+        if user is not None and user not in registry.scopes():
+            raise WeightSyncError(f"user {user!r} has no version of their own; they get everyone's")
         async with self._removing:  # its checkpoint stays while it is looked at
-            target = number if number is not None else registry.parent(registry.serving or 0)
-            if target is not None and registry.state(target) == "retired":
+            target = registry.before(user or GROUP) if number is None else number
+            scope = registry.scope(target) if user is None else user
+            if registry.state(target) == "retired":
                 await self._require_checkpoint(target)
-            events = await self._decide(registry, lambda changed: changed.rollback(target, reason, time.time()))
+            events = await self._decide(registry, lambda changed: changed.rollback(target, reason, time.time(), user))
         rejected = [event.version for event in events if event.state == "rejected"]
-        logger.warning("event=rollback version=%d rejected=%s", registry.desired, rejected)
-        return {"serving": registry.desired, "rejected": rejected, "next": registry.next_number}
+        logger.warning("event=rollback version=%d rejected=%s", registry.desired(scope), rejected)
+        return {"serving": registry.desired(scope), "rejected": rejected, "next": registry.next_number}
 
     async def pin(self, number: int, pinned: bool = True) -> dict[str, Any]:
         """Keep a version's checkpoint for good, or no longer. Raises WeightSyncError if it is gone or damaged."""
@@ -320,21 +364,31 @@ class WeightStore:
         return {"number": number, "folder": folder}
 
     async def status(self) -> dict[str, Any]:
-        """desired, serving and head versions, the state of each, and what the replicas seen lately said last."""
+        """Everyone's desired, serving and head versions, the state of each, and what replicas seen lately said last.
+
+        `unproven` counts candidates that replicas should serve, of whosever policy; `users` those who have their own.
+        """
         registry = await self._known()
         now = time.monotonic()
         alive = {name: each for name, each in self._replicas.items() if now - each.seen < REPLICA_FORGOTTEN_S}
         return {
-            "desired": registry.desired,
-            "serving": registry.serving,
-            "head": registry.head,
+            "desired": registry.desired(),
+            "serving": registry.serving(),
+            "head": registry.head(),
             "states": registry.states(),
-            "replicas": {name: each.version for name, each in alive.items()},
+            "users": len(registry.scopes()) - 1,
+            "unproven": sum(registry.state(registry.desired(each)) == "candidate" for each in registry.scopes()),
+            "replicas": {name: each.versions.get(GROUP) for name, each in alive.items()},
             "stall_ms": {name: each.stall_ms for name, each in alive.items()},
             "canary_error": {name: each.canary_error for name, each in alive.items()},
             "in_memory": sorted(self._held),
             "last_step": self._last_step,
         }
+
+    async def standing(self) -> dict[int, tuple[VersionState, str]]:
+        """The state and scope of every version."""
+        registry = await self._known()
+        return {number: (state, registry.scope(number)) for number, state in registry.states().items()}
 
     async def close(self) -> None:
         """Let every waiting replica go."""
@@ -402,7 +456,7 @@ class WeightStore:
                 latest = {pin.version: pin.pinned for pin in pins}
                 self._pinned = {number for number, pinned in latest.items() if pinned}
                 self._last_step = versions[-1].metrics if versions else {}
-                metric("versions/latest_num").set(registry.head)
+                metric("versions/latest_num").set(registry.head())
                 self._registry = registry
             registry = self._registry
         if self._behind:
@@ -444,7 +498,8 @@ class WeightStore:
 
     def _damage(self, registry: Registry) -> tuple[int, str] | None:
         """The newest version in use whose checkpoint cannot be read, and why."""
-        for number in sorted({registry.head, registry.desired} - {0}, reverse=True):
+        used = {each for scope in registry.scopes() for each in (registry.head(scope), registry.desired(scope))}
+        for number in sorted(used - {0}, reverse=True):
             try:
                 require_whole(self._folder / str(number))
             except WeightSyncError as error:
@@ -460,7 +515,7 @@ class WeightStore:
             await self._catch_up(registry)
             if version.parent is not None and registry.state(version.parent) == "rejected":
                 return False
-            event = registry.candidate(version.number, version.parent, time.time())
+            event = registry.candidate(version.number, version.parent, time.time(), version.scope)
             if refused is not None:
                 event = replace(event, state="rejected", reason=refused)
             try:
@@ -469,7 +524,7 @@ class WeightStore:
             except WithdrawnError as error:
                 logger.warning("event=version_withdrawn version=%d reason=%r", version.number, str(error))
                 return False
-            registry.add(event, version.parent)
+            registry.add(event, version.parent, version.scope)
         return True
 
     async def _decide(
@@ -528,11 +583,16 @@ class WeightStore:
         held = self._held[number]
         return [held[index] for index in sorted(held)]
 
-    async def _publication(self, number: int) -> Publication:
+    async def _publication(self, registry: Registry, scope: str) -> Publication | Withdrawal:
+        """What a scope's requests should be served by."""
+        number = registry.own(scope)
+        if number is None:
+            return Withdrawal(scope)
         canary = await self._canary(number)
         if canary is None:
             raise WeightSyncError(f"version {number} has no canary; its folder {self._folder / str(number)} is damaged")
-        return Publication(number, len(await self._loaded(number)), canary, self._adapter if number else None)
+        adapter = self._adapter if number else None
+        return Publication(number, len(await self._loaded(number)), canary, adapter, scope)
 
     async def _canary(self, number: int) -> Canary | None:
         if number not in self._canaries:
@@ -551,13 +611,15 @@ class WeightStore:
         return canary_distance(now, before) if now and before else None
 
     async def _forget_old(self, registry: Registry) -> None:
-        """Drop what is beyond `keep_in_memory` and `keep`; desired, serving, head and pinned stay on disk."""
-        needed = {registry.desired, registry.serving, registry.head}
+        """Drop what is beyond `keep_in_memory` and, of each policy, `keep`; desired, serving, head and pinned stay on
+        disk.
+        """
         numbers = sorted(number for number in self._held if number in registry)
-        for number in set(numbers[: -self._settings.keep_in_memory]) - needed:
+        for number in set(numbers[: -self._settings.keep_in_memory]) - _in_use(registry, GROUP):
             del self._held[number]
         async with self._removing:
             newest = registry.newest(self._settings.keep)
+            needed = (number for scope in registry.scopes() for number in _in_use(registry, scope))
             stay = {*newest, *needed, *self._pinned, *self._exporting, 0}
             for number in set(self._canaries) - stay:
                 del self._canaries[number]
@@ -570,6 +632,15 @@ class WeightStore:
         """
         remove_states(self._folder.parent / "trainer", {*numbers, registry.next_number})
         remove_unfinished(self._folder)
+
+
+def _due(registry: Registry, versions: Mapping[str, int | None]) -> str | None:
+    """The first scope that a replica serves another version to than it should."""
+    return next((scope for scope, number in versions.items() if registry.own(scope) != number), None)
+
+
+def _in_use(registry: Registry, scope: str) -> set[int | None]:
+    return {registry.desired(scope), registry.serving(scope), registry.head(scope)}
 
 
 def _put_all(folder: Path, bucket_bytes: int) -> list[ray.ObjectRef]:

@@ -14,7 +14,7 @@ from handles import answer, is_pending
 from clawrl.config import BufferSection
 from clawrl.journal.actor import Journal
 from clawrl.training.buffer import CLOSED, ReplayBuffer, shares
-from clawrl.types import Sample, VersionEvent, WeightVersion
+from clawrl.types import PolicyScope, Sample, VersionEvent, WeightVersion
 
 pytestmark = pytest.mark.cluster
 PATIENCE_S = 120.0
@@ -30,9 +30,9 @@ def journal(actors, tmp_path):
 
 @pytest.fixture
 def start(actors, journal):
-    def start_buffer(batch_size: int = 4, max_lag: int = 2, **given: Any) -> Any:
+    def start_buffer(batch_size: int = 4, max_lag: int = 2, scope: PolicyScope = "group", **given: Any) -> Any:
         settings = BufferSection(batch_size=batch_size, max_lag=max_lag, **given)
-        return actors(ReplayBuffer, settings, journal, **RESTARTS)
+        return actors(ReplayBuffer, settings, journal, scope, **RESTARTS)
 
     return start_buffer
 
@@ -329,3 +329,59 @@ def test_closing_ends_the_trainer(journal, start):
     answer(buffer.close.remote())
     for batch in answer([waiting, buffer.take.remote(2, 60.0)]):
         assert (batch.step, batch.samples) == (CLOSED, ())
+
+
+def of(user: str, ids: str, scope: PolicyScope = "user") -> list[Sample]:
+    return [dataclasses.replace(sample(id), user=user, policy_scope=scope) for id in ids]
+
+
+def test_no_policy_learns_from_what_is_anothers_and_all_have_their_turn(start, journal):
+    """Ann's 12, Ben's 4: batches of one user's alone, in turn, however many one has."""
+    buffer = start(scope="user")
+    answer(journal.append.remote(*of("ann", "abcdefgh"), *of("ben", "ABCD"), *of("ann", "ijkl")))
+    batches = []
+    for step in range(1, 5):
+        batch = answer(buffer.take.remote(step, PATIENCE_S))
+        ids = "".join(each.id for each in batch.samples)
+        batches.append((batch.scope, ids))
+        answer(
+            journal.record_version.remote(WeightVersion(step, 0, "lora", None, tuple(ids), {}, 5.0, batch.scope), None)
+        )
+        answer(buffer.release.remote(step))
+    assert sorted(batches) == [("ann", "abcd"), ("ann", "efgh"), ("ann", "ijkl"), ("ben", "ABCD")]
+    assert ("ben", "ABCD") in batches[:2]
+
+
+def test_everyones_policy_and_the_users_learn_from_a_sample_once_each(start, journal):
+    buffer = start(scope="hierarchy")
+    answer(journal.append.remote(*of("ann", "abcd", "hierarchy")))
+    found = []
+    for step in (1, 2):
+        batch = answer(buffer.take.remote(step, PATIENCE_S))
+        ids = tuple(each.id for each in batch.samples)
+        found.append((batch.scope, "".join(ids)))
+        answer(journal.record_version.remote(WeightVersion(step, 0, "lora", None, ids, {}, 5.0, batch.scope), None))
+        answer(buffer.release.remote(step))
+        buffer = start(scope="hierarchy")  # one that knows the journal alone
+    assert sorted(found) == [("", "abcd"), ("ann", "abcd")]
+    assert take(buffer, 3, 0.2) is None
+
+
+def test_a_users_samples_are_as_old_as_their_own_policy_makes_them(start, journal):
+    """Everyone's has gone on by three, Ann's has not: what she was answered is not old for hers."""
+    buffer = start(scope="hierarchy")
+    answer([buffer.advance.remote([1, 0], "ann"), buffer.advance.remote([4, 3, 2, 0])])
+    answer(journal.append.remote(*of("ann", "abcd", "hierarchy")))
+    batch = answer(buffer.take.remote(5, PATIENCE_S))
+    assert (batch.scope, len(batch.samples)) == ("ann", 4)
+    assert answer(buffer.stats.remote())["dropped"] == 4
+
+
+def test_a_batch_of_everyones_has_no_more_of_a_user_than_their_quota(start, journal):
+    buffer = start(user_quota=2, min_batch=1, max_wait_s=0.5)
+    answer(journal.append.remote(*of("ann", "abcde", "group"), *of("ben", "AB", "group")))
+    batch = answer(buffer.take.remote(1, PATIENCE_S))
+    assert "".join(each.id for each in batch.samples) == "abAB"
+    record(journal, 1, "abAB")
+    answer(buffer.release.remote(1))
+    assert take(buffer, 2) == "cd", "less than a batch, after a while"

@@ -61,7 +61,7 @@ class House:
 
     def samples(self) -> dict[str, Sample]:
         rows = answer(self.journal.samples_to_train.remote(0, 1000, 0.0))
-        return {sample.id: sample for _, sample in rows}
+        return {sample.id: sample for _, sample, _ in rows}
 
     def judgements(self) -> list[tuple[str, int | None, str | None]]:
         """(turn, score, error) in the order of their commits."""

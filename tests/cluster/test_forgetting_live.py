@@ -16,7 +16,7 @@ from clawrl.config import BufferSection, VersionsSection
 from clawrl.testing import ScriptedPolicy
 from clawrl.training.buffer import ReplayBuffer
 from clawrl.training.weights import WeightStore
-from clawrl.types import Pin, Sample, Turn, WeightVersion
+from clawrl.types import GROUP, Pin, Sample, Turn, WeightVersion
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
 
@@ -101,7 +101,7 @@ def test_forgetting_goes_back_and_trains_on_what_others_said(training):
     assert {number: state for number, state in training.states().items() if number} == {
         1: "serving", 2: "rejected", 3: "rejected", 4: "rejected",
     }  # fmt: skip
-    assert get(training.store.wait.remote("a", 4, 5.0)).number == 1
+    assert get(training.store.wait.remote("a", {GROUP: 4}, 5.0)).number == 1
     head = get(training.store.latest.remote())
     assert (head.number, head.next_number) == (1, 5)
     get([training.buffer.release.remote(1), training.buffer.advance.remote(head.line)])

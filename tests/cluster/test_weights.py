@@ -19,7 +19,7 @@ from clawrl.journal.store import JournalReader
 from clawrl.testing import ScriptedPolicy
 from clawrl.training.checkpoint import read_buckets, read_canary
 from clawrl.training.weights import Head, WeightStore
-from clawrl.types import Bucket, Canary, GateCheck, GateDecision, Swap, WeightVersion
+from clawrl.types import GROUP, Bucket, Canary, GateCheck, GateDecision, Swap, WeightVersion
 
 pytestmark = pytest.mark.cluster
 
@@ -86,8 +86,8 @@ def setup(cluster, tmp_path) -> Setup:
 def test_a_version_reaches_a_waiting_replica_and_proves_itself(setup):
     store = setup.store
     assert get(store.latest.remote()) == Head(0, 1)
-    assert get(store.wait.remote("a", 0, 0.05)) is None
-    waiting = store.wait.remote("a", 0, 20.0)
+    assert get(store.wait.remote("a", {GROUP: 0}, 0.05)) is None
+    waiting = store.wait.remote("a", {GROUP: 0}, 20.0)
     setup.publish(1, 0, scale=2.0)
     publication = get(waiting)
     assert publication.number == 1
@@ -128,7 +128,7 @@ def test_a_failed_canary_sends_replicas_back(setup):
     setup.publish(1, 0)
     setup.report(1, error=0.5)
     assert setup.states()[1] == "rejected"
-    publication = get(store.wait.remote("a", 1, 5.0))
+    publication = get(store.wait.remote("a", {GROUP: 1}, 5.0))
     assert (publication.number, publication.canary.logprobs[0].tolist()) == (0, [-7.0])
     tensors = fetch(store, 0, publication.num_buckets)  # read from the base model's folder
     assert np.array_equal(
@@ -162,7 +162,7 @@ def test_a_version_that_fails_the_gate_serves_nobody_and_its_samples_are_spent(s
     refused = WeightVersion(2, 1, "full", None, ("sample-2",), {"loss": 1.0}, time.time())
     assert get(setup.store.offer.remote(refused, 0, canary(-1.0), verdict(2, False)))
     assert setup.states()[2] == "rejected"
-    assert get(setup.store.wait.remote("a", 1, 0.05)) is None
+    assert get(setup.store.wait.remote("a", {GROUP: 1}, 0.05)) is None
     assert get(setup.store.latest.remote()) == Head(1, 3)
     assert get(setup.journal.counts.remote())["consumed"] == 2
     assert [decision.passed for decision in get(setup.journal.gate_decisions.remote())] == [False]
@@ -181,7 +181,7 @@ def test_what_people_said_takes_versions_back(setup):
     assert setup.states()[2] == "serving"
     get(setup.store.withdraw.remote(verdict(2, False, "after")))
     assert (setup.states()[1], setup.states()[2]) == ("serving", "rejected")
-    assert get(setup.store.wait.remote("a", 2, 5.0)).number == 1
+    assert get(setup.store.wait.remote("a", {GROUP: 2}, 5.0)).number == 1
     get(setup.store.withdraw.remote(verdict(2, False, "after")))  # gone already: recorded, nothing else
     assert setup.states()[1] == "serving"
     assert [decision.passed for decision in get(setup.journal.gate_decisions.remote())] == [True, False, False]
@@ -214,7 +214,7 @@ def test_a_restarted_store_knows_all_and_reads_tensors_from_disk(setup):
     setup.restart()
     after = get(setup.store.status.remote())
     assert after["states"] == before["states"] == {0: "retired", 1: "retired", 2: "retired", 3: "serving"}
-    publication = get(setup.store.wait.remote("late", 0, 5.0))
+    publication = get(setup.store.wait.remote("late", {GROUP: 0}, 5.0))
     assert (publication.number, publication.canary.logprobs[0].tolist()) == (3, [-4.0])
     assert fetch(setup.store, 3, publication.num_buckets)["model.norm.weight"].shape == (192,)
     assert get(setup.store.latest.remote()) == Head(3, 4)
@@ -260,7 +260,7 @@ def test_an_incomplete_or_repeated_offer(setup):
 
 
 def test_closing_lets_waiting_replicas_go(setup):
-    waiting = setup.store.wait.remote("a", 0, 60.0)
+    waiting = setup.store.wait.remote("a", {GROUP: 0}, 60.0)
     get(setup.store.status.remote())
     get(setup.store.close.remote())
     assert get(waiting) is None
@@ -283,7 +283,7 @@ def roomy(cluster, tmp_path) -> Setup:
 def test_rollback_reaches_replicas_and_training_goes_on_from_there(roomy):
     store = roomy.store
     publish_all(roomy, 4)
-    waiting = store.wait.remote("a", 4, 30.0)
+    waiting = store.wait.remote("a", {GROUP: 4}, 30.0)
     assert get(store.rollback.remote(2)) == {"serving": 2, "rejected": [3, 4], "next": 5}
     publication = get(waiting)
     assert (publication.number, publication.canary.logprobs[0].tolist()) == (2, [-3.0])
@@ -441,7 +441,7 @@ def test_a_damaged_newest_version_gives_way_to_its_parent(roomy, harm):
     else:
         (folder / "canary.npz").unlink()
     roomy.restart()
-    publication = get(roomy.store.wait.remote("a", 0, 10.0))
+    publication = get(roomy.store.wait.remote("a", {GROUP: 0}, 10.0))
     assert publication.number == 2
     assert get(roomy.store.latest.remote()) == Head(2, 4)
     assert roomy.states() == {0: "retired", 1: "retired", 2: "serving", 3: "rejected"}

@@ -69,7 +69,7 @@ def test_adapters_learn_and_no_request_changes_its_weights_midway(adapted: Serve
 
 def test_the_judge_in_the_same_engine_is_the_model_without_an_adapter(adapted: Server):
     """Its scores of replies sampled under an adapter are those of the model as it was, and not the adapter's."""
-    samples = [sample for _, sample in adapted.journal().samples_to_train(0, 10_000)]
+    samples = [sample for _, sample, _ in adapted.journal().samples_to_train(0, 10_000)]
     samples += [sample for sample, _ in adapted.journal().held_out(100)]
     late = [sample for sample in samples if sample.oldest_version > 0 and sample.reference_logprobs is not None]
     assert late, "runs after the learning test, which leaves some"

@@ -10,11 +10,12 @@ import pytest
 from clawrl.cli import main
 
 ENTRY = {
-    "number": 3, "parent": 2, "state": "serving", "at": 1.7e9, "samples": 32, "metrics": {"loss": 0.123456, "kl": 0.02},
+    "number": 3, "parent": 2, "scope": "", "state": "serving", "at": 1.7e9, "samples": 32,
+    "metrics": {"loss": 0.123456, "kl": 0.02},
     "pinned": True, "on_disk": True, "reason": "canary error 1e-05 [ok]", "decision": None,
 }  # fmt: skip
 DECISION = {"version": 4, "stage": "before", "passed": False, "reason": "replies got worse", "checks": [], "at": 1.0}
-REJECTED = ENTRY | {"number": 4, "parent": 3, "state": "rejected", "pinned": False, "on_disk": False}
+REJECTED = ENTRY | {"number": 4, "parent": 3, "scope": "ann", "state": "rejected", "pinned": False, "on_disk": False}
 TAKEN_BACK = ENTRY | {"number": 2, "decision": DECISION | {"stage": "after", "reason": "mean score fell"}}
 REJECTED |= {"metrics": {"loss": 0.2, "new": 1.0}, "reason": "gate", "decision": DECISION}
 ANSWERS: dict[str, Any] = {
@@ -59,13 +60,17 @@ def system():
     [
         (["versions"], {"last": 20}, ["serving", "0.1235", "pinned", "1e-05 [ok]", "gate; gate: replies got worse"]),
         (["versions"], {"last": 20}, ["; watch: mean score fell"]),
-        (["versions", "--last", "2"], {"last": 2}, ["rejected"]),
+        (["versions", "--last", "2"], {"last": 2}, ["rejected", "everyone", "ann"]),
         (
             ["rollback"],
-            {"number": None, "reason": None},
+            {"number": None, "reason": None, "user": None},
             ["3 serves; rejected: 4 5; the next version will be 6"],
         ),
-        (["rollback", "3", "--reason", "rude"], {"number": 3, "reason": "rude"}, ["version 3"]),
+        (
+            ["rollback", "3", "--reason", "rude", "--user", "ann"],
+            {"number": 3, "reason": "rude", "user": "ann"},
+            ["version 3"],
+        ),
         (["pin", "3"], {"number": 3, "pinned": True}, ["version 3 is pinned"]),
         (["pin", "3", "--remove"], {"number": 3, "pinned": False}, ["version 3"]),
         (["diff", "3", "4"], {"one": 3, "other": 4}, ["new", "ann 20, (erased) 5", "chatcmpl-19", "5 more turns"]),

@@ -208,7 +208,7 @@ def test_the_policys_engine_judges_only_where_versions_are_adapters():
     config = load_config(None, ["judge.engine=policy", "lora.rank=8", "policy.model=some/model"])
     assert config.lora is not None
     assert config.lora.rank == 8
-    with pytest.raises(ConfigError, match=r"lora\.ranks is not a key; allowed here: alpha, in_batch, rank, targets"):
+    with pytest.raises(ConfigError, match=r"lora\.ranks is not a key; allowed here: alpha, anchor, in_batch, "):
         load_config(None, ["lora.ranks=8"])
 
 

@@ -70,3 +70,24 @@ async def test_a_version_waits_while_long_replies_hold_all_places(engine, tmp_pa
             await asyncio.sleep(0.05)
             assert not third.done()
         assert (await asyncio.wait_for(third, 5)).version == 3
+
+
+async def test_a_user_has_their_own_or_everyones(engine, tmp_path):
+    everyones = await engine.add_adapter(1, folder(tmp_path, "1"))
+    engine.switch(everyones)
+    own = await engine.add_adapter(2, folder(tmp_path, "2"), patient=False)
+    engine.switch(own, "ann")
+    assert (engine.adapter("ann"), engine.adapter("ben"), engine.version) == (own, everyones, 1)
+    engine.switch(await engine.add_adapter(3, folder(tmp_path, "3"), patient=False), "ann")
+    await asyncio.sleep(0.05)
+    assert engine._llm.loaded == [1, 3], "what was Ann's leaves, what is everyone's stays"
+    engine.switch(None, "ann")
+    await asyncio.sleep(0.05)
+    assert (engine.adapter("ann"), engine._llm.loaded) == (everyones, [1])
+
+
+async def test_a_users_version_does_not_wait_for_a_place(engine, tmp_path):
+    """Where each user has an adapter, all places are taken all the time."""
+    held = [await engine.add_adapter(number, folder(tmp_path, str(number)), patient=False) for number in (1, 2)]
+    with engine._held(held[0]), engine._held(held[1]):
+        assert (await asyncio.wait_for(engine.add_adapter(3, folder(tmp_path, "3"), patient=False), 5)).version == 3

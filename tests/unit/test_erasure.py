@@ -45,7 +45,7 @@ def to_judge(store: JournalStore) -> list[str]:
 
 
 def to_train(store: JournalStore) -> list[str]:
-    return [sample.id for _, sample in store.samples_to_train(0, 100)]
+    return [sample.id for _, sample, _ in store.samples_to_train(0, 100)]
 
 
 def turns(store: JournalStore) -> list[str]:

@@ -38,7 +38,7 @@ def planned(*learnt: int, on_disk: range | tuple[int, ...] = range(1, 7), retrai
 
 def test_training_goes_on_before_the_first_that_learnt_from_it():
     found, registry = planned(3, 5)
-    assert (registry.head, registry.serving, found.erasure.restored) == (2, 2, 2)
+    assert (registry.head(), registry.serving(), found.erasure.restored) == (2, 2, 2)
     assert [event.version for event in found.events if event.state == "rejected"] == [3, 4, 5, 6]
     assert found.checkpoints == (3, 4, 5, 6)
     assert found.erasure.versions == (3, 5)
@@ -46,25 +46,25 @@ def test_training_goes_on_before_the_first_that_learnt_from_it():
 
 def test_without_a_checkpoint_it_goes_further_back():
     found, registry = planned(5, on_disk=(2, 5, 6))
-    assert (registry.head, registry.desired, found.checkpoints) == (2, 2, (5, 6))
+    assert (registry.head(), registry.desired(), found.checkpoints) == (2, 2, (5, 6))
     _, registry = planned(5, on_disk=(5, 6))
-    assert (registry.head, registry.desired) == (0, 0), "the model as configured is always there"
+    assert (registry.head(), registry.desired()) == (0, 0), "the model as configured is always there"
 
 
 def test_without_retraining_nothing_is_rejected():
     found, registry = planned(3, retrain=False)
-    assert (registry.head, found.erasure.restored, found.events, found.checkpoints) == (6, None, (), ())
+    assert (registry.head(), found.erasure.restored, found.events, found.checkpoints) == (6, None, (), ())
     assert found.erasure.versions == (3,)
 
 
 def test_where_nothing_was_learnt_nothing_is_rejected():
     found, registry = planned(on_disk=())
-    assert (registry.head, found.erasure.restored, found.checkpoints) == (6, None, ())
+    assert (registry.head(), found.erasure.restored, found.checkpoints) == (6, None, ())
 
 
 def test_versions_rejected_before_go_too_but_restore_nothing():
     found, registry = planned(5, events=[VersionEvent(n, "rejected", "gate", 2.0) for n in (5, 6)])
-    assert (registry.head, found.erasure.restored, found.checkpoints) == (4, None, (5, 6))
+    assert (registry.head(), found.erasure.restored, found.checkpoints) == (4, None, (5, 6))
 
 
 def test_pinned_ones_are_told_and_unpinned():
@@ -115,8 +115,8 @@ def test_a_stopped_run_forgets(run, capsys):
     assert [path.name for path in (run / "versions").iterdir()] == ["1"]
     with closing(JournalStore(f"sqlite:///{run}/journal.sqlite")) as store:
         assert store.turn("a") is None
-        assert [sample.id for _, sample in store.samples_to_train(0, 9)] == ["b"]
-        assert Registry(store.versions(), store.version_events()).head == 1
+        assert [sample.id for _, sample, _ in store.samples_to_train(0, 9)] == ["b"]
+        assert Registry(store.versions(), store.version_events()).head() == 1
         assert [found.restored for found in store.erasures()] == [1]
     assert WORDS not in (run / "journal.sqlite").read_bytes()
 
@@ -188,7 +188,7 @@ async def test_a_running_store_and_its_journal_agree_when_a_scrub_fails(run, mon
         assert "a reader holds the write-ahead log" in told["unwiped"]
         assert (told["restored"], (await weights.latest()).number) == (1, 1)
         assert [path.name for path in (run / "versions").iterdir()] == ["1"]
-        assert Registry(await journal.versions(), await journal.version_events()).head == 1
+        assert Registry(await journal.versions(), await journal.version_events()).head() == 1
         assert (await weights.forget(user="ann", yes=True))["unwiped"] is None
     finally:
         await journal.close()

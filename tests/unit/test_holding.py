@@ -23,8 +23,8 @@ class Slow(Echo):
         super().__init__()
         self.seconds, self.now, self.most, self.cancelled = seconds, 0, 0, 0
 
-    def chat(self, body: dict[str, Any], request: str) -> Any:
-        return Thinking(self, super().chat(body, request))
+    def chat(self, body: dict[str, Any], request: str, user: str = "") -> Any:
+        return Thinking(self, super().chat(body, request, user))
 
 
 class Thinking:

@@ -161,7 +161,7 @@ class TestRoundTrips:
         top = TeacherTop(np.zeros((3, 2), np.int32), np.array([[-1, -np.inf]] * 3, np.float32), np.ones(3, np.float32))
         taught = sample("taught", teacher_top=top)
         store.append(sample("bare"), full, taught)
-        for (_, found), original in zip(store.samples_to_train(0, 10), (sample("bare"), full, taught), strict=True):
+        for (_, found, _), original in zip(store.samples_to_train(0, 10), (sample("bare"), full, taught), strict=True):
             assert_same(found, original)
 
     def test_versions_events_and_swaps(self, store):
@@ -305,7 +305,7 @@ class TestLookUps:
     def test_held_out_samples_measure_and_are_not_trained_on(self, store):
         for name, held, score in (("a", True, 1), ("b", False, 1), ("c", True, None), ("d", True, -1)):
             store.append(turn(name), dataclasses.replace(sample(name), held_out=held), judgement(name, score))
-        assert [found.id for _, found in store.samples_to_train(0, 10)] == ["b"]
+        assert [found.id for _, found, _ in store.samples_to_train(0, 10)] == ["b"]
         assert [(found.id, score) for found, score in store.held_out(10)] == [("d", -1), ("c", None), ("a", 1)]
         assert [found.id for found, _ in store.held_out(2)] == ["d", "c"]
         assert store.counts()["held_out"] == 3
@@ -330,6 +330,7 @@ class TestLookUps:
             "turns": 2,
             "main_turns": 1,
             "next_states": 1,
+            "for_both": 0,
             "feedback": 0,
             "judgements": 3,
             "abstentions": 1,
@@ -349,7 +350,7 @@ class TestLookUps:
         assert store.samples_to_train(0, 10) == []
         store.append(judgement("late"), next_state("late"), turn("late"), sample("late"), sample("taken"))
         assert store.pairs_to_judge(0, 10) == []
-        assert [found.id for _, found in store.samples_to_train(0, 10)] == ["late"]
+        assert [found.id for _, found, _ in store.samples_to_train(0, 10)] == ["late"]
         with store.database.snapshot() as connection:
             assert queues.stale(connection) == {}
 
@@ -369,10 +370,10 @@ class TestVersions:
         store.append(sample("a"), sample("b"), sample("c"))
         event = VersionEvent(1, "candidate", "trained", 1.0)
         store.record_version(version(1, "a", "b"), event)
-        assert [found.id for _, found in store.samples_to_train(0, 10)] == ["c"]
+        assert [found.id for _, found, _ in store.samples_to_train(0, 10)] == ["c"]
         with pytest.raises(JournalError, match="version 2 would learn again from sample b, which version 1 consumed"):
             store.record_version(version(2, "c", "b"), dataclasses.replace(event, version=2))
-        assert [found.id for _, found in store.samples_to_train(0, 10)] == ["c"]
+        assert [found.id for _, found, _ in store.samples_to_train(0, 10)] == ["c"]
         assert ([found.number for found in store.versions()], store.version_events()) == ([1], [event])
 
     def test_a_repetition_is_ignored(self, store):
@@ -386,8 +387,8 @@ class TestVersions:
     def test_order_and_limit_of_samples(self, store):
         store.append(*(sample(id) for id in "dbca"))
         first = store.samples_to_train(0, 3)
-        assert [found.id for _, found in first] == ["d", "b", "c"]
-        assert [found.id for _, found in store.samples_to_train(first[-1][0], 3)] == ["a"]
+        assert [found.id for _, found, _ in first] == ["d", "b", "c"]
+        assert [found.id for _, found, _ in store.samples_to_train(first[-1][0], 3)] == ["a"]
 
 
 class TestRetention:
@@ -417,7 +418,7 @@ class TestRetention:
         store.record_version(version(1, "trained"), None)
         assert store.expire(1.0, 0, 10) == 5
         assert rows(store, "SELECT id FROM turns ORDER BY seq") == [("unjudged",), ("waits",)]
-        assert [found.id for _, found in store.samples_to_train(0, 10)] == ["waits"]
+        assert [found.id for _, found, _ in store.samples_to_train(0, 10)] == ["waits"]
         assert [found.id for _, found, _ in store.pairs_to_judge(0, 10)] == ["unjudged"]
 
 
@@ -545,3 +546,24 @@ def test_authors_of_many_turns(store):
     assert len(found) == 1200
     assert {("t1", "bob", "s1"), ("t1100", "ann", "s1100")} <= set(found)
     assert store.authors([]) == []
+
+    def test_a_sample_for_two_policies_waits_for_both(self, store):
+        store.append(sample("both", policy_scope="hierarchy"), sample("own", policy_scope="user"), sample("all"))
+        assert waiting_for(store) == [("both", ("", "ann")), ("own", ("ann",)), ("all", ("",))]
+        store.record_version(dataclasses.replace(version(1, "both", "own"), scope="ann"), None)
+        assert waiting_for(store) == [("both", ("",)), ("all", ("",))]
+        with pytest.raises(JournalError, match="learn again from sample both, which version 1 consumed"):
+            store.record_version(dataclasses.replace(version(2, "both"), scope="ann"), None)
+        store.record_version(version(2, "both"), None)
+        assert waiting_for(store) == [("all", ("",))]
+        assert store.counts()["for_both"] == 1
+
+    def test_what_is_held_out_of_one_user(self, store):
+        for id, user in (("a", "ann"), ("b", "ben")):
+            store.append(sample(id, user=user, held_out=True), judgement(id))
+        assert [held.id for held, _ in store.held_out(10, "ben")] == ["b"]
+        assert [held.id for held, _ in store.held_out(10)] == ["b", "a"]
+
+
+def waiting_for(store: JournalStore) -> list[tuple[str, tuple[str, ...]]]:
+    return [(found.id, scopes) for _, found, scopes in store.samples_to_train(0, 10)]

@@ -72,7 +72,7 @@ def test_a_journal_moves_to_another_database_and_lives_on(store, url, target, tm
         assert_same(moved.turn("trained"), turn("trained"))
         assert moved.counts() == store.counts()
         assert [found.id for _, found, _ in moved.pairs_to_judge(0, 10)] == ["unjudged"]
-        assert [found.id for _, found in moved.samples_to_train(0, 10)] == ["waits"]
+        assert [found.id for _, found, _ in moved.samples_to_train(0, 10)] == ["waits"]
         assert_same(tuple(moved.swaps()), tuple(store.swaps()))
         if url.split(":")[0] == new.split(":")[0]:
             assert contents(moved) == contents(store)

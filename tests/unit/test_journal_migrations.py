@@ -120,7 +120,7 @@ def test_all_records_are_there_and_all_works(old):
         for record in RECORDS[:4]:
             assert_same(store.turn(record.id), record)
         assert [found.id for _, found, _ in store.pairs_to_judge(0, 10)] == ["unjudged"]
-        assert [found.id for _, found in store.samples_to_train(0, 10)] == ["waits"]
+        assert [found.id for _, found, _ in store.samples_to_train(0, 10)] == ["waits"]
         assert_same(tuple(store.versions()), tuple(RECORDS[10:12]))
         assert_same(store.swaps()[0], RECORDS[13])
         assert store.version_events() == [RECORDS[12]]

@@ -10,7 +10,7 @@ import pytest
 from clawrl.errors import JournalError, PolicyError, WeightSyncError
 from clawrl.serving import policy
 from clawrl.serving.policy import Policy
-from clawrl.types import Canary, Publication, Swap
+from clawrl.types import GROUP, Canary, Publication, Swap, Withdrawal
 
 CANARY = Canary((np.array([1, 2], np.int32),), (np.array([-2.0], np.float32),))
 
@@ -32,8 +32,8 @@ class Store:
 
         return SimpleNamespace(remote=call)
 
-    async def _wait(self, replica: str, current: int, timeout_s: float) -> Publication | None:
-        if current == 1:
+    async def _wait(self, replica: str, versions: dict[str, int | None], timeout_s: float) -> Publication | None:
+        if versions[GROUP] == 1:
             self.done.set()
             await asyncio.sleep(timeout_s)
             return None
@@ -59,7 +59,10 @@ class Engine:
         self.version = version
         return 1.0
 
-    async def canary_logprobs(self, canary: Canary) -> tuple[np.ndarray, ...]:
+    def adapter(self, user: str) -> None:
+        return None
+
+    async def canary_logprobs(self, canary: Canary, adapter: None) -> tuple[np.ndarray, ...]:
         if self._broken == "canary" and self.version == 1:
             raise RuntimeError("no scores")
         return (np.array([-2.0 if self.version == 1 else -3.0], np.float32),)
@@ -74,7 +77,8 @@ def replica(monkeypatch: pytest.MonkeyPatch, store: Store, broken: str | None = 
     monkeypatch.setattr(policy, "metric", lambda name: SimpleNamespace(observe=print, set=print))
     made = Policy.__new__(Policy)
     made.replica, made._store, made._engine = "one", store, Engine(broken)  # type: ignore[assignment]
-    made._failure, made._canary_logprobs, made._adapters = None, None, None
+    made._failure, made._adapters = None, None
+    made._versions, made._canaries, made._taking_over = {GROUP: 0}, {}, asyncio.Lock()
     return made
 
 
@@ -98,3 +102,90 @@ async def test_a_replica_whose_weights_are_uncertain_is_given_up(monkeypatch, br
     assert store.reports == []
     with pytest.raises(PolicyError, match="replica one cannot serve"):
         await following.check_health()
+
+
+class Users:
+    """A store in which Ann has a version of her own, and the replica that asks it; an adapter is its number here."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[Any] = []
+        self.news: asyncio.Queue[Publication | Withdrawal] = asyncio.Queue()
+        self.away = False
+        self.switched: list[tuple[str, int | None]] = []
+        self.policy = replica(monkeypatch, self)  # type: ignore[arg-type]
+        self.policy._engine, self.policy._meeting, self.policy._reporting = self, {}, set()  # type: ignore[assignment]
+        self.policy._adapters, self.policy._personal = SimpleNamespace(), True  # type: ignore[assignment]
+        self.policy._write_adapter = lambda publication, buckets: publication.number  # type: ignore[assignment]
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=getattr(self, f"_{name}"))
+
+    async def _meet(self, replica: str, user: str) -> Publication | None:
+        self.calls.append(("meet", user))
+        await asyncio.sleep(0.01)
+        if self.away:
+            raise JournalError("away")
+        return Publication(4, 1, CANARY, {}, "ann") if user == "ann" else None
+
+    async def _wait(self, replica: str, versions: dict[str, int | None], timeout_s: float) -> Any:
+        self.calls.append(("wait", versions))
+        return await self.news.get()
+
+    async def _bucket(self, number: int, index: int) -> list[Any]:
+        return ["bucket"]
+
+    async def _report(self, swap: Swap) -> None:
+        self.calls.append(("report", swap.version))
+
+    def adapter(self, user: str) -> None:
+        return None
+
+    async def add_adapter(self, version: int, folder: Any, *, patient: bool) -> int:
+        assert not patient
+        return version
+
+    async def canary_logprobs(self, canary: Canary, adapter: int | None) -> tuple[np.ndarray, ...]:
+        return (np.array([-2.0 - (adapter or 0)], np.float32),)
+
+    def switch(self, adapter: int | None, scope: str) -> None:
+        self.switched.append((scope, adapter))
+
+
+async def test_a_user_is_met_once_and_served_their_own_from_the_first_request(monkeypatch):
+    users = Users(monkeypatch)
+    await asyncio.gather(*(users.policy._meet(user) for user in ("ann", "ann", "ben")))
+    assert users.switched == [("ann", 4)]
+    assert users.policy._versions == {GROUP: 0, "ann": 4, "ben": None}
+    await users.policy._meet("ann")
+    await asyncio.gather(*users.policy._reporting)
+    assert sorted(users.calls) == [("meet", "ann"), ("meet", "ben"), ("report", 4)]
+
+
+async def test_a_met_users_versions_are_followed_and_withdrawn(monkeypatch):
+    users = Users(monkeypatch)
+    await users.policy._meet("ben")
+    for news in (Publication(5, 1, CANARY, {}, "ben"), Publication(5, 1, CANARY, {}, "ben"), Withdrawal("ben")):
+        users.news.put_nowait(news)
+        await users.policy._follow(1.0)
+    assert users.switched == [("ben", 5), ("ben", None)], "what is served already is not loaded again"
+    assert [call for call in users.calls if call[0] == "wait"] == [
+        ("wait", {GROUP: 0, "ben": None}),
+        ("wait", {GROUP: 0, "ben": 5}),
+        ("wait", {GROUP: 0, "ben": 5}),
+    ]
+
+
+async def test_nobody_is_refused_while_the_store_is_away(monkeypatch):
+    users = Users(monkeypatch)
+    users.away = True
+    await users.policy._meet("ann")
+    assert (users.switched, users.policy._versions) == ([], {GROUP: 0, "ann": None})
+
+
+async def test_who_has_not_asked_for_long_is_forgotten(monkeypatch):
+    monkeypatch.setattr(policy, "KEPT_USERS", 2)
+    users = Users(monkeypatch)
+    for user in ("ann", "ben", "ann", "eve"):
+        await users.policy._meet(user)
+    assert list(users.policy._versions) == [GROUP, "ann", "eve"]
+    assert users.switched == [("ann", 4), ("ben", None)]

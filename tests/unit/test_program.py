@@ -31,7 +31,7 @@ class Solver:
 
     wrong = False
 
-    def chat(self, body: dict[str, Any], request: str) -> Pieces:
+    def chat(self, body: dict[str, Any], request: str, user: str = "") -> Pieces:
         messages = body["messages"]
         item, first, second = re.findall(r'"(\w+)"', messages[0]["content"])
         sign = "-" if "more" in messages[0]["content"] else "+"

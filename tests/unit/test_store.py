@@ -14,7 +14,7 @@ from clawrl.errors import JournalError
 from clawrl.journal.actor import Journal
 from clawrl.training import weights
 from clawrl.training.weights import Head, WeightStore
-from clawrl.types import Canary, Swap, WeightVersion
+from clawrl.types import GROUP, Canary, Swap, WeightVersion
 
 CANARY = Canary((np.array([1, 2], np.int32),), (np.array([-2.0], np.float32),))
 
@@ -64,7 +64,7 @@ def swap(number: int) -> Swap:
 
 
 async def test_a_version_that_was_recorded_after_all_is_known(store, handle):
-    waiting = asyncio.create_task(store.wait("one", 0, 10.0))
+    waiting = asyncio.create_task(store.wait("one", {GROUP: 0}, 10.0))
     handle.breaks.append("record_version")
     with pytest.raises(JournalError):
         await offer(store, 1)
@@ -111,10 +111,10 @@ async def test_what_an_offer_has_just_written_is_not_taken_for_old(store, tmp_pa
 async def test_nothing_of_a_forgotten_version_is_left_of_the_trainers_state(store, tmp_path):
     names = {"1-from-0", "2-from-1", "3-from-2", "12-from-11", ".3-from-2.unfinished", ".13-from-1.unfinished"}
     for name in names:
-        (tmp_path / "trainer" / name).mkdir(parents=True)
+        (tmp_path / "trainer" / "group" / name).mkdir(parents=True)
     await offer(store, 1)
     await offer(store, 2)  # and 3 was never recorded
     (tmp_path / "versions" / ".3.unfinished").mkdir()
     store._remove_traces(await store._known(), [2])
-    assert {path.name for path in (tmp_path / "trainer").iterdir()} == {"1-from-0", "12-from-11"}
+    assert {path.name for path in (tmp_path / "trainer" / "group").iterdir()} == {"1-from-0", "12-from-11"}
     assert {path.name for path in (tmp_path / "versions").iterdir()} == {"2"}

@@ -82,8 +82,8 @@ def test_a_store_that_is_gone_for_good_does(fits):
 def test_held_out_turns_are_asked_for_where_some_are_held_out(fits, gate, asks):
     journal = Asked(held_out=[[("sample", 1)]])
     worker: Any = rank._Rank.__new__(rank._Rank)
-    worker._loop, worker._version = loop(Asked(), journal, **gate), 0
-    worker._store = Asked(latest=[Head(0, 1)])
+    worker._loop, worker._told = loop(Asked(), journal, **gate), {}
+    worker._store = Asked(heads=[{"": 0}], latest=[Head(0, 1)])
     worker._buffer = Asked(take=[Batch(1, ())])
     order = worker._decide()
     assert (order.kind, list(order.held_out)) == ("train", [("sample", 1)] if asks else [])

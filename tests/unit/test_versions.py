@@ -23,12 +23,12 @@ def registry_with(count: int) -> Registry:
 
 def test_an_empty_registry_serves_version_zero():
     registry = Registry()
-    assert (registry.head, registry.next_number, registry.desired, registry.serving) == (0, 1, 0, 0)
+    assert (registry.head(), registry.next_number, registry.desired(), registry.serving()) == (0, 1, 0, 0)
 
 
 def test_a_candidate_is_desired_before_it_serves():
     registry = registry_with(1)
-    assert (registry.head, registry.desired, registry.serving, registry.state(1)) == (1, 1, 0, "candidate")
+    assert (registry.head(), registry.desired(), registry.serving(), registry.state(1)) == (1, 1, 0, "candidate")
 
 
 def test_acceptance_retires_what_it_overtakes():
@@ -44,9 +44,9 @@ def test_rejection_returns_to_the_parent():
     registry = registry_with(2)
     registry.accept(1, "ok", 0.0)
     assert [(e.version, e.state) for e in registry.reject(2, "bad", 0.0)] == [(2, "rejected")]
-    assert (registry.desired, registry.head, registry.next_number) == (1, 1, 3)
+    assert (registry.desired(), registry.head(), registry.next_number) == (1, 1, 3)
     registry.add(registry.candidate(3, 1, 0.0), 1)
-    assert registry.head == 3
+    assert registry.head() == 3
 
 
 def test_rejecting_a_serving_version_restores_its_parent():
@@ -55,14 +55,14 @@ def test_rejecting_a_serving_version_restores_its_parent():
     registry.accept(2, "ok", 0.0)
     events = registry.reject(2, "users correct it more", 0.0)
     assert [(e.version, e.state) for e in events] == [(2, "rejected"), (1, "serving")]
-    assert registry.desired == registry.serving == 1
+    assert registry.desired() == registry.serving() == 1
 
 
 def test_rejection_takes_descendants_along():
     registry = registry_with(3)
     registry.accept(1, "ok", 0.0)
     assert [e.version for e in registry.reject(2, "bad", 0.0)] == [2, 3]
-    assert registry.head == 1
+    assert registry.head() == 1
 
 
 def test_siblings_of_a_rejected_version_stay():
@@ -72,7 +72,7 @@ def test_siblings_of_a_rejected_version_stay():
     registry.reject(2, "bad", 0.0)
     registry.add(registry.candidate(3, 1, 0.0), 1)
     assert registry.reject(2, "bad again", 0.0) == []
-    assert registry.head == 3
+    assert registry.head() == 3
 
 
 @pytest.mark.parametrize("act", [lambda r: r.accept(2, "", 0.0), lambda r: r.candidate(4, 2, 0.0)])
@@ -105,7 +105,7 @@ def test_the_registry_comes_back_from_its_events():
     events += registry.reject(3, "bad", 0.0)
     again = Registry(versions, events)
     assert again.states() == registry.states() == {0: "retired", 1: "serving", 2: "candidate", 3: "rejected"}
-    assert (again.head, again.next_number, again.desired) == (2, 4, 2)
+    assert (again.head(), again.next_number, again.desired()) == (2, 4, 2)
 
 
 def test_an_event_of_nothing_is_refused():
@@ -130,7 +130,7 @@ def test_rollback_rejects_all_that_is_newer_and_training_goes_on_from_there():
         (3, "rejected"), (4, "rejected"), (5, "rejected"), (2, "serving"),
     ]  # fmt: skip
     assert {e.reason for e in events} == {"rolled back to 2 by user"}
-    assert (registry.head, registry.desired, registry.serving, registry.next_number) == (2, 2, 2, 6)
+    assert (registry.head(), registry.desired(), registry.serving(), registry.next_number) == (2, 2, 2, 6)
     registry.add(registry.candidate(6, 2, 2.0), 2)
     registry.accept(6, "ok", 2.0)
     assert registry.line(6) == (6, 2, 1, 0)
@@ -162,7 +162,7 @@ def test_where_no_rollback_leads():
 def test_a_copy_changes_alone_until_its_events_are_applied():
     registry = served(2)
     events = (changed := registry.copy()).rollback(1, None, 0.0)
-    assert (registry.desired, changed.desired) == (2, 1)
+    assert (registry.desired(), changed.desired()) == (2, 1)
     registry.apply(events)
     assert registry.states() == changed.states()
 
@@ -304,3 +304,69 @@ def test_an_export_is_a_folder_of_its_own(base, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(WeightSyncError, match="cannot be written"):
         export_checkpoint(tmp_path / "1", tmp_path / "file" / "x")
+
+
+class TestUsersPolicies:
+    """Everyone's 1 ── 2, Ann's 3 ── 4 from 1, Ben's 5 from 2; all but 2 proved themselves."""
+
+    @pytest.fixture
+    def registry(self) -> Registry:
+        registry = Registry()
+        for number, parent, scope in ((1, 0, ""), (2, 1, ""), (3, 1, "ann"), (4, 3, "ann"), (5, 2, "ben")):
+            registry.add(registry.candidate(number, parent, 0.0, scope), parent, scope)
+            if number != 2:
+                registry.accept(number, "ok", 0.0)
+        return registry
+
+    def test_each_has_a_head_and_who_has_none_has_everyones(self, registry):
+        assert [registry.head(scope) for scope in ("", "ann", "ben", "eve")] == [2, 4, 5, 2]
+        assert [registry.desired(scope) for scope in ("", "ann", "ben", "eve")] == [2, 4, 5, 2]
+        assert [registry.own(scope) for scope in ("ann", "eve")] == [4, None]
+        assert registry.line(4) == (4, 3, 1, 0)
+        assert registry.next_number == 6
+
+    def test_only_the_own_are_overtaken(self, registry):
+        assert registry.states() == {
+            0: "retired", 1: "serving", 2: "candidate", 3: "retired", 4: "serving", 5: "serving"
+        }  # fmt: skip
+
+    def test_a_user_cannot_go_on_from_anothers(self, registry):
+        with pytest.raises(WeightSyncError, match="version 6 comes from 4, which is another user's"):
+            registry.candidate(6, 4, 0.0, "ben")
+        with pytest.raises(WeightSyncError, match="another user's"):
+            registry.candidate(6, 4, 0.0)
+
+    def test_what_came_from_a_rejected_one_goes_with_it(self, registry):
+        rejected = {event.version for event in registry.reject(2, "bad", 0.0)}
+        assert rejected == {2, 5}
+        assert (registry.own("ben"), registry.desired("ben"), registry.desired("ann")) == (None, 1, 4)
+
+    def test_a_users_own_return_to_the_user(self, registry):
+        events = registry.reject(4, "bad", 0.0)
+        assert [(event.version, event.state) for event in events] == [(4, "rejected"), (3, "serving")]
+        assert registry.desired("") == 2
+
+    def test_a_rollback_is_of_one_policy(self, registry):
+        assert [(e.version, e.state) for e in registry.copy().rollback(None, None, 0.0, "ann")] == [
+            (4, "rejected"), (3, "serving")
+        ]  # fmt: skip
+        assert [(e.version, e.state) for e in registry.copy().rollback(3, None, 0.0)] == [
+            (4, "rejected"), (3, "serving")
+        ]  # fmt: skip
+        back = registry.copy()
+        assert {e.version for e in back.rollback(1, None, 0.0, "ann")} == {3, 4}
+        assert (back.desired("ann"), back.head("ann")) == (2, 2)
+        assert [(e.version, e.state) for e in registry.rollback(1, None, 0.0)] == [(2, "rejected"), (5, "rejected")]
+        with pytest.raises(WeightSyncError, match="version 4 is of the user 'ann'"):
+            registry.rollback(4, None, 0.0, "ben")
+
+    def test_the_newest_of_each_are_kept(self, registry):
+        assert sorted(registry.newest(1)) == [2, 4, 5]
+
+    def test_it_is_read_from_the_records(self, registry):
+        versions = [
+            WeightVersion(number, parent, "lora", None, (), {}, 0.0, scope)
+            for number, parent, scope in ((1, 0, ""), (2, 1, ""), (3, 1, "ann"))
+        ]
+        again = Registry(versions, [VersionEvent(3, "serving", "ok", 0.0)])
+        assert (again.desired("ann"), again.desired(), again.scope(3), again.scopes()) == (3, 2, "ann", ["", "ann"])

@@ -10,6 +10,7 @@ import pytest
 from clawrl.config import GateSection
 from clawrl.training import watch
 from clawrl.training.watch import FallDetector, ReplyBounds, Watch, fall_decision, repetition
+from clawrl.types import GROUP
 
 SETTINGS = GateSection()
 
@@ -154,15 +155,17 @@ class Actors:
             (
                 seq,
                 SimpleNamespace(
+                    user="ann",
                     capture=SimpleNamespace(
                         versions=(SimpleNamespace(version=version),), completion_ids=np.arange(20) + seq
-                    )
+                    ),
                 ),
                 SimpleNamespace(score=score),
             )
             for seq, (version, score) in enumerate(zip(versions, scores, strict=True), 1)
         ]
         self._fails, self.withdrawn, self.states = fails, [], dict.fromkeys({0, *versions}, "serving")
+        self.scopes: dict[int, str] = {}
         self.asked: list[int | None] = []
         self.done = asyncio.Event()
 
@@ -183,9 +186,9 @@ class Actors:
             await asyncio.sleep(timeout_s)
         return found
 
-    async def status(self) -> dict:
-        self._fail_once("status")
-        return {"states": dict(self.states)}
+    async def standing(self) -> dict:
+        self._fail_once("standing")
+        return {number: (state, self.scopes.get(number, GROUP)) for number, state in self.states.items()}
 
     async def withdraw(self, decision: Any) -> None:
         self._fail_once("withdraw")
@@ -193,7 +196,7 @@ class Actors:
         self.states[decision.version] = "rejected"
 
 
-@pytest.mark.parametrize("fails", [set(), {"status"}, {"withdraw"}, {"status", "withdraw"}])
+@pytest.mark.parametrize("fails", [set(), {"standing"}, {"withdraw"}, {"standing", "withdraw"}])
 async def test_what_fails_is_done_again_and_every_turn_is_taken_once(monkeypatch, fails):
     monkeypatch.setattr(watch, "_RETRY_S", 0.01)
     rng = np.random.default_rng(1)
@@ -204,5 +207,18 @@ async def test_what_fails_is_done_again_and_every_turn_is_taken_once(monkeypatch
     turns = (await watching.stats())["turns"]
     await watching.close()
     assert [(decision.version, decision.passed) for decision in actors.withdrawn] == [(2, False)]
-    assert actors.asked[: 1 + ("status" in fails)] == [None] * (1 + ("status" in fails)), "never from the beginning"
+    assert actors.asked[: 1 + ("standing" in fails)] == [None] * (1 + ("standing" in fails)), "never from the beginning"
     assert 600 < turns < 700, "those of the rejected version are passed over"
+
+
+async def test_a_users_policy_is_watched_by_what_it_says_to_them(monkeypatch):
+    """Ann liked everyone's version 1; her own, 2, is worse. Everyone's has nothing to do with it."""
+    monkeypatch.setattr(watch, "_RETRY_S", 0.01)
+    rng = np.random.default_rng(1)
+    said = [*scores(rng, 0.8, 300), *scores(rng, -0.8, 100)]
+    actors = Actors([1] * 300 + [2] * 100, [float(score) for score in said], set())
+    actors.scopes = {2: "ann"}
+    watching = Watch(SETTINGS, Handle(actors), Handle(actors))
+    await asyncio.wait_for(actors.done.wait(), 20)
+    await watching.close()
+    assert [(decision.version, decision.passed) for decision in actors.withdrawn] == [(2, False)]

@@ -352,6 +352,8 @@ class State:
     counts: dict[str, int] = field(default_factory=dict)  # of the journal
     leased: int = 0
     dropped: int = 0
+    waiting: int = 0  # samples for the policy that has most of them to learn from
+    unproven: int = 0  # versions that are to serve, and do not yet
     serving: int = 0
     head: int = 0
     loss: float | None = None
@@ -362,7 +364,7 @@ class State:
 
     @property
     def untrained(self) -> int:
-        to_train = self.counts.get("samples", 0) - self.counts.get("held_out", 0)
+        to_train = sum(self.counts.get(name, 0) for name in ("samples", "for_both")) - self.counts.get("held_out", 0)
         return max(0, to_train - self.counts.get("consumed", 0) - self.dropped)
 
 
@@ -394,7 +396,7 @@ class Watch:
 
         def settled() -> bool:
             state = self.state
-            return state.unjudged < unjudged and state.unjudged + state.untrained < limit
+            return state.unjudged < unjudged and state.unjudged + state.leased + state.waiting < limit
 
         async with self._news:
             await self._news.wait_for(settled)
@@ -404,13 +406,14 @@ class Watch:
 
         def settled() -> bool:
             state = self.state
-            full = state.untrained >= batch_size
-            return not (state.unjudged or full or state.leased or state.serving != state.head)
+            full = state.waiting >= batch_size
+            return not (state.unjudged or full or state.leased or state.unproven or state.serving != state.head)
 
         with suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_S), self._news:
-                await self._news.wait()  # what is known may be older than the last reply
-                await self._news.wait_for(settled)
+                for _ in range(2):  # what is known may be older than the last reply, or than the last judgement
+                    await self._news.wait()
+                    await self._news.wait_for(settled)
                 return True
         return False
 
@@ -418,6 +421,7 @@ class Watch:
         versions, buffer = status["versions"], status["buffer"]
         self.state.counts = {name: int(number) for name, number in status["journal"].items()}
         self.state.leased, self.state.dropped = buffer["leased"], buffer["dropped"] + buffer["offline"]
+        self.state.waiting, self.state.unproven = buffer["longest"], versions["unproven"]
         self.state.serving, self.state.head = versions["serving"] or 0, versions["head"]
 
     async def _tell_versions(self) -> None:

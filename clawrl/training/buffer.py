@@ -132,7 +132,7 @@ class ReplayBuffer:
 
     async def stats(self) -> dict[str, int | None]:
         """Samples waiting (`size`), kept `offline`, leased, and dropped or `replayed` since the start; the oldest
-        version among the waiting; and how many policies have a `full` batch.
+        version among the waiting; and how many wait for the policy that has most of them.
         """
         queues = self._queues.values()
         oldest = min((sample.oldest_version for queue in queues for sample in queue.waiting), default=None)
@@ -140,7 +140,7 @@ class ReplayBuffer:
         return {
             "size": sum(len(queue.waiting) for queue in queues),
             "offline": sum(len(queue.offline) for queue in queues),
-            "full": sum(self._num_next(queue) >= self._settings.batch_size for queue in queues),
+            "longest": max(len(queue.waiting) for queue in queues),
             "leased": leased,
             "dropped": len(self._dropped),
             "replayed": self._replayed,

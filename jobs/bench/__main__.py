@@ -65,6 +65,10 @@ def _parser() -> argparse.ArgumentParser:
         "feedback", help="from a correction to the first reply by a version that learnt from it"
     )
     feedback.add_argument("--corrections", type=int, default=10, help="one after the other (default: %(default)s)")
+    users = verbs.add_parser("users", help="users with policies of their own in one engine, against one user")
+    users.add_argument("--users", type=int, default=200, help="how many (default: %(default)s)")
+    users.add_argument("--rounds", type=int, default=12, help="of 16 streams at a time (default: %(default)s)")
+    users.add_argument("--tokens", type=int, default=64, help="tokens of each reply (default: %(default)s)")
     train = verbs.add_parser("train", help="trainer against a plain PyTorch loop with as many threads")
     train.add_argument("--steps", type=int, default=12)
     memory = verbs.add_parser("memory", help="memory of the whole system while it serves, judges and trains")
@@ -83,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     envs.add_argument("--seconds", type=float, default=8.0, help="each rate is watched so long (default: %(default)s)")
     envs.add_argument("--crowd", type=int, default=1024, help="simulated environments (default: %(default)s)")
     envs.add_argument("--episodes", type=int, default=10_000, help="to look for leaks after (default: %(default)s)")
-    for verb in (serving, clients, feedback, swap, train, memory, journal, sandbox, envs):
+    for verb in (serving, clients, feedback, users, swap, train, memory, journal, sandbox, envs):
         verb.add_argument("--json", metavar="FILE", help="write the figures there too")
         verb.add_argument("--config", metavar="FILE", help="TOML file (default: the embedded CPU configuration)")
         verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
@@ -109,6 +113,10 @@ def _run(options: argparse.Namespace, config: Config) -> tuple[list[figures.Figu
         from jobs.bench.feedback import measure as feedback
 
         return feedback(config, corrections=options.corrections)
+    if options.verb == "users":
+        from jobs.bench.users import measure as users
+
+        return users(config, users=options.users, rounds=options.rounds, num_tokens=options.tokens)
     if options.verb == "train":
         from jobs.bench.train import measure as train
 

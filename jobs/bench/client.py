@@ -46,8 +46,11 @@ async def side_by_side(
     return [each for answers in await asyncio.gather(*map(in_turn, asked)) for each in answers]
 
 
-async def stream(http: aiohttp.ClientSession, url: str, messages: Conversation, num_tokens: int) -> Stream:
-    """One streamed reply of exactly `num_tokens` tokens; a failure is told in `Stream.error`, not raised."""
+async def stream(http: aiohttp.ClientSession, url: str, messages: Conversation, num_tokens: int, **more: Any) -> Stream:
+    """One streamed reply of exactly `num_tokens` tokens; a failure is told in `Stream.error`, not raised.
+
+    `more` is what else the request says.
+    """
     body = {
         "model": "clawrl",
         "messages": list(messages),
@@ -56,6 +59,7 @@ async def stream(http: aiohttp.ClientSession, url: str, messages: Conversation, 
         "max_tokens": num_tokens,
         "ignore_eos": True,
         "temperature": 1.0,
+        **more,
     }
     started, parts, arrivals, events, first = time.time(), [], [], 0, None
     try:

@@ -1,4 +1,7 @@
-"""Versions as adapters, one engine for policy and judge: served while people talk, let go, taken back, exported."""
+"""Versions as adapters, one engine for policy and judge: served while people talk, let go, taken back, exported.
+
+Everyone has a policy together, and who talks enough has their own beside it.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +24,20 @@ CONFIG = Path(__file__).parents[2] / "configs" / "cpu_lora.toml"
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = start_server(tmp_path_factory.mktemp("adapted"), "--config", str(CONFIG), "trainer.learning_rate=3e-3")
+    words = ("trainer.learning_rate=3e-3", "lora.policy_scope=hierarchy")
+    server = start_server(tmp_path_factory.mktemp("adapted"), "--config", str(CONFIG), *words)
     yield server
     if server.process.poll() is None:
         stop_server(server)
 
 
-def reply(server: Server, num_tokens: int = 200) -> str:
+def reply(server: Server, num_tokens: int = 200, user: str = "guest") -> str:
     """The id of a reply of so many tokens."""
     answer = server.client().chat.completions.create(
         model="clawrl",
         messages=QUESTION,  # type: ignore[arg-type]
         max_tokens=num_tokens,
+        user=user,
         extra_body={"ignore_eos": True},
         extra_headers={"X-Turn-Type": "side"},
     )
@@ -49,7 +54,7 @@ def test_adapters_learn_and_no_request_changes_its_weights_midway(adapted: Serve
     asking = threading.Thread(target=ask)
     asking.start()
     try:
-        conversations = asyncio.run(converse(adapted, 80, 12, seed=3))
+        conversations = asyncio.run(converse(adapted, 60, 12, seed=3))
         adapted.wait_for("versions", lambda: adapted.status()["journal"]["versions"] >= 3)
     finally:
         done.set()
@@ -93,9 +98,38 @@ def test_a_reply_is_the_published_adapters(adapted: Server):
     np.testing.assert_allclose(found, turn.capture.logprobs, atol=1e-3)
 
 
+def test_who_talked_has_a_policy_of_their_own(adapted: Server):
+    """It learnt from what was said to it alone, answers nobody else, and can be taken back alone."""
+    journal, serving = adapted.journal(), adapted.status()["versions"]["serving"]
+    versions = {version.number: version for version in journal.versions()}
+    own = [version for version in versions.values() if version.scope]
+    (user,) = {version.scope for version in own}
+    learnt = [turn for version in own for turn in version.samples]
+    assert {author for _, author, _ in journal.authors(learnt)} == {user}
+    assert all(versions[each].scope in ("", user) for version in own if (each := version.parent))
+    turn, other = journal.turn(reply(adapted, user=user)), journal.turn(reply(adapted))
+    assert turn is not None
+    assert other is not None
+    (span,), (others,) = turn.capture.versions, other.capture.versions
+    assert (span.version, others.version) == (max(version.number for version in own), serving)
+    folder = adapted.run_directory / "versions" / str(span.version)
+    found = scored(str(folder), turn.capture.prompt_ids, turn.capture.completion_ids)
+    np.testing.assert_allclose(found, turn.capture.logprobs, atol=1e-3)
+    assert f"version {own[-2].number} serves" in clawrl(adapted, "rollback", "--user", user)
+    assert adapted.status()["versions"]["serving"] == serving
+    adapted.wait_for("the way back", lambda: spoken_by(adapted, user) == own[-2].number)
+
+
+def spoken_by(server: Server, user: str) -> int:
+    """The version that answers a user."""
+    turn = server.journal().turn(reply(server, 8, user))
+    assert turn is not None
+    return turn.capture.versions[0].version
+
+
 def test_adapters_that_nobody_uses_leave_the_machine(adapted: Server):
     folders = adapted.run_directory / "adapters"
-    adapted.wait_for("one adapter", lambda: len(list(folders.iterdir())) == 1, timeout_s=60)
+    adapted.wait_for("everyone's and one user's", lambda: len(list(folders.iterdir())) == 2, timeout_s=60)
 
 
 def test_an_adapter_is_exported_and_version_0_is_the_model_itself(adapted: Server, tmp_path: Path):

@@ -78,7 +78,8 @@ def replica(monkeypatch: pytest.MonkeyPatch, store: Store, broken: str | None = 
     made = Policy.__new__(Policy)
     made.replica, made._store, made._engine = "one", store, Engine(broken)  # type: ignore[assignment]
     made._failure, made._adapters = None, None
-    made._versions, made._canaries, made._taking_over = {GROUP: 0}, {}, asyncio.Lock()
+    served: dict[str, int | None] = {GROUP: 0}
+    made._versions, made._canaries, made._taking_over = served, {}, asyncio.Lock()
     return made
 
 

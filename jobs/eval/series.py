@@ -2,7 +2,8 @@
 
     for every arm × seed: made already? else a run of the job ─► findings ─► table, JSON, picture
 
-Runs are made one after the other, and what was made is kept: the same command, given again, makes the rest.
+Runs are made one after the other, and what was made is kept: the same command, given again, makes the rest. Findings
+hold what each run found, so that another machine, or a later commit, adds runs to them (`--with`).
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from typing import Any
 
 from clawrl.cli import add_config_options, config_of
 from clawrl.config import Config
+from clawrl.errors import ConfigError
 from jobs.eval import findings, picture
 from jobs.eval.findings import Reports
 from jobs.eval.plan import Arm, Plan, digest, folder_name, names_of
 from jobs.eval.runs import RunFailed, commit, make_run, result_of
 
 Results = dict[tuple[str, int], dict[str, Any]]
+"""By arm and seed: `found` (what the job's `read` gives), `words` (of its command line), `commit`, and when and how."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,14 @@ def add_options(parser: argparse.ArgumentParser, *, words: str, arms: str, seeds
         help=f"{words} or name=section.key:value; the first is what others are held against (default: %(default)s)",
     )
     parser.add_argument("--seeds", type=int, default=seeds, metavar="N", help="of each arm (default: %(default)s)")
+    parser.add_argument(
+        "--with",
+        dest="others",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="findings (NAME.json) of such runs made elsewhere or at another commit: these are not made again",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the findings there too")
     parser.add_argument(
         "--out", metavar="NAME", help="NAME.md, NAME.json and NAME.png (default: in the state's folder)"
@@ -61,15 +72,15 @@ def evaluate(job: Job, plan: Plan, config: Config, options: argparse.Namespace, 
     """Make what is not made yet, and report on all of it; 1 if a run failed. Raises ConfigError."""
     for arm in plan.arms:
         config_of(argparse.Namespace(**{**vars(options), "overrides": [*options.overrides, *arm.overrides]}))
-    source = commit()
+    source, known = commit(), _made_elsewhere(options.others)
     state = Path(config.run_root).resolve() / f"eval-{job.verb}-{digest(config, plan, source)}"
-    results, failures = _make(job, plan, options, state)
+    results, failures = _make(job, plan, options, state, source, known)
     if not results:
         print(f"eval: no run came to an end; {'; '.join(failures.values())}", file=sys.stderr)
         return 1
     circumstances = {
         "command": command,
-        "commit": source,
+        "commit": _commits(results),
         "arms": {arm.name: list(arm.overrides) for arm in plan.arms},
         "budget": f"{plan.limits} in each run",
         "failed": failures or "none",
@@ -80,11 +91,45 @@ def evaluate(job: Job, plan: Plan, config: Config, options: argparse.Namespace, 
     return 1 if failures else 0
 
 
-def _make(job: Job, plan: Plan, options: argparse.Namespace, state: Path) -> tuple[Results, dict[str, str]]:
+def _made_elsewhere(files: Sequence[str]) -> dict[tuple[str, ...], dict[str, Any]]:
+    """Runs of other findings by the words of their command lines. Raises ConfigError."""
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for file in files:
+        try:
+            runs = json.loads(Path(file).read_text(encoding="utf-8"))["runs"]
+            found |= {tuple(run["words"]): run for run in runs}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"--with {file} holds no findings with what each run found ({type(error).__name__}: {error}); "
+                "name the NAME.json of `jobs.eval --out NAME`"
+            ) from None
+    return found
+
+
+def _commits(results: Results) -> str | dict[str, list[str]]:
+    """The commit, or the runs made at each."""
+    by_commit: dict[str, list[str]] = {}
+    for (arm, seed), result in results.items():
+        by_commit.setdefault(result["commit"], []).append(f"{arm} {seed}")
+    return next(iter(by_commit)) if len(by_commit) == 1 else by_commit
+
+
+def _make(
+    job: Job,
+    plan: Plan,
+    options: argparse.Namespace,
+    state: Path,
+    source: str,
+    known: Mapping[tuple[str, ...], dict[str, Any]],
+) -> tuple[Results, dict[str, str]]:
     """Results by (arm, seed), and why others have none."""
     results: Results = {}
     failures: dict[str, str] = {}
-    kept = {(arm.name, seed): result_of(state / folder_name(arm, seed)) for arm, seed in plan.runs}
+    words = {(arm.name, seed): [*_arguments(plan, arm, options), *job.seeded(seed)] for arm, seed in plan.runs}
+    kept = {
+        (arm.name, seed): result_of(state / folder_name(arm, seed)) or known.get(tuple(words[arm.name, seed]))
+        for arm, seed in plan.runs
+    }
     left = [(arm, seed) for arm, seed in plan.runs if kept[arm.name, seed] is None]
     _say(f"{len(plan.runs)} runs, {len(plan.runs) - len(left)} of them made already; state in {state.name}")
     if left:
@@ -96,8 +141,8 @@ def _make(job: Job, plan: Plan, options: argparse.Namespace, state: Path) -> tup
             rest = f", about {_rest_minutes(took, left):.0f} min left" if took else ""
             _say(f"run {number} of {len(plan.runs)}: {label}{rest}")
             try:
-                words = [*_arguments(plan, arm, options), *job.seeded(seed)]
-                result = make_run(state / folder_name(arm, seed), job.module, words, _prefixed(label), job.codes)
+                folder = state / folder_name(arm, seed)
+                result = make_run(folder, job.module, words[arm.name, seed], _prefixed(label), job.codes)
             except RunFailed as error:
                 failures[label] = str(error)
                 _say(f"{label} failed: {error}")
@@ -105,7 +150,12 @@ def _make(job: Job, plan: Plan, options: argparse.Namespace, state: Path) -> tup
             took.append(result["seconds"])
             left.remove((arm, seed))
             _say(f"{label}: {_outcome(job.read(result['report']))} in {result['seconds']:.0f} s")
-        results[arm.name, seed] = result
+        report = result.pop("report", None)
+        results[arm.name, seed] = (
+            result
+            if report is None
+            else {**result, "found": job.read(report), "words": words[arm.name, seed], "commit": source}
+        )
     return results, failures
 
 
@@ -118,7 +168,7 @@ def _arguments(plan: Plan, arm: Arm, options: argparse.Namespace) -> list[str]:
 def _report(
     job: Job, plan: Plan, results: Results, circumstances: dict[str, Any], options: argparse.Namespace, state: Path
 ) -> None:
-    reports, plan = job.gather({place: job.read(result["report"]) for place, result in results.items()}, plan)
+    reports, plan = job.gather({place: result["found"] for place, result in results.items()}, plan)
     arms, figures = findings.arm_findings(reports, plan), findings.figure_findings(reports, plan)
     pairs = findings.pair_findings(arms, plan)
     text = findings.table(arms, pairs, plan, circumstances, figures)
@@ -130,10 +180,7 @@ def _report(
         "figure_pairs": [asdict(each) for each in findings.figure_pairs(figures, plan)],
         "curves": findings.curves(reports, plan),
         "along": {name: plan.others_along.get(name, plan.along) for name in (*plan.measures, *plan.figures)},
-        "runs": [
-            {"arm": arm, "seed": seed, **{key: each for key, each in result.items() if key != "report"}}
-            for (arm, seed), result in results.items()
-        ],
+        "runs": [{**result, "arm": arm, "seed": seed} for (arm, seed), result in results.items()],
     }
     out = Path(options.out) if options.out else state / "findings"
     out.parent.mkdir(parents=True, exist_ok=True)

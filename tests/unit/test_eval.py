@@ -241,6 +241,29 @@ def test_a_run_that_failed_loses_only_itself_and_is_made_again(made, tmp_path, c
     assert "process seed 1: drill 0.40 → 0.50" in capsys.readouterr().err
 
 
+def test_runs_made_elsewhere_are_added_to(made, tmp_path, monkeypatch):
+    (tmp_path / "mended").touch()
+    assert evaluate(tmp_path) == 0
+    monkeypatch.setattr(series, "commit", lambda: "def")
+    (tmp_path / "found.json").rename(tmp_path / "one.json")
+    assert evaluate(tmp_path, "--seeds", "3", "--with", str(tmp_path / "one.json")) == 0
+    assert made[4:] == ["outcome2", "process2"]
+    told = json.loads((tmp_path / "found.json").read_text())
+    assert told["commit"] == {
+        "abc": ["outcome 0", "process 0", "outcome 1", "process 1"],
+        "def": ["outcome 2", "process 2"],
+    }
+    assert [run["found"]["versions"] for run in told["runs"]] == [9] * 6
+    assert "abc: outcome 0, process 0" in (tmp_path / "found.md").read_text()
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"runs": [{"arm": "outcome"}]}'])
+def test_findings_that_hold_no_runs_are_refused(tmp_path, capsys, text):
+    (tmp_path / "one.json").write_text(text)
+    assert evaluate(tmp_path, "--with", str(tmp_path / "one.json")) == 2
+    assert "one.json holds no findings with what each run found" in capsys.readouterr().err
+
+
 def test_half_a_result_is_none(tmp_path):
     assert runs.result_of(tmp_path) is None
     (tmp_path / runs.RESULT).write_text('{"report": {"po')

@@ -178,7 +178,7 @@ class LoraSection(Section):
         min_length=1,
         description="Linear layers that are adapted, by the last part of their name.",
     )
-    in_batch: int = Field(default=4, ge=2, description="Adapters that one step of the engine can serve.")
+    in_batch: int = Field(default=16, ge=2, description="Adapters that one step of the engine can serve.")
     in_memory: int = Field(default=32, ge=2, description="Adapters it keeps in memory; others are on the disk.")
     policy_scope: PolicyScope = Field(
         default="group",

@@ -4,6 +4,8 @@ Pure. Knows versions and events. Ignores the content itself (`journal/erasure`),
 
     version   1 ── 2 ── 3* ── 4 ── 5           * learnt from the erased turns; 4 and 5 carry it on
     retrain   1 ── 2 ─────────────── 6 …       3, 4 and 5 are rejected, and their other samples train again
+
+A policy of the user's own goes with all that they said, asked for or not: it is nothing else.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 from clawrl.errors import ClawrlError
 from clawrl.journal.erasure import Content
 from clawrl.training.versions import Registry
-from clawrl.types import Erasure, Pin, VersionEvent, WeightVersion
+from clawrl.types import GROUP, Erasure, Pin, VersionEvent, WeightVersion
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +83,16 @@ def plan(
     """What follows from erasing `content`; `on_disk` has the versions whose checkpoints are there (0 always is)."""
     registry = Registry(versions, events)
     decided: list[VersionEvent] = []
-    learnt = content.versions
+    learnt, own = content.versions, registry.numbers(user) if session is None else []
+    doomed = {*own, *(learnt if retrain else ())}
+    for number in sorted(doomed):
+        decided += registry.reject(number, "learnt from what was erased", at)
     if retrain:
-        for number in learnt:
-            decided += registry.reject(number, "learnt from what was erased", at)
         for scope in registry.scopes() if decided else ():
             while (head := registry.head(scope)) != 0 and head not in on_disk:
                 decided += registry.reject(head, "its checkpoint is gone, training goes on from before", at)
-    carried = {number for number in on_disk if _carries(registry, number, learnt)} if retrain else set()
-    restored = registry.head() if decided else None
+    carried = {number for number in on_disk if _carries(registry, number, doomed)}
+    restored = registry.head() if any(registry.scope(event.version) == GROUP for event in decided) else None
     erasure = Erasure(user, session, content.turns, learnt, restored, at)
     pinned = sorted(carried & set(content.pinned))
     return Plan(erasure, content.samples, tuple(decided), tuple(sorted(carried)), tuple(pinned), content.unknown)

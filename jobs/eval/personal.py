@@ -22,6 +22,7 @@ from jobs.eval.series import Job, add_options, evaluate
 
 UNTRAINED = "buffer.batch_size=1000000"
 """A batch that never comes full: no step is taken."""
+LORA = ("learning.method=hybrid", "lora.rank=16", "judge.engine=policy", "trainer.learning_rate=2e-3")
 ARMS = {
     "hybrid": ("learning.method=hybrid",),
     "rl": ("learning.method=rl",),
@@ -30,7 +31,9 @@ ARMS = {
     "experience": ("learning.method=opd", "learning.experience=true", "judge.session_idle_s=2"),
     "opd-token": ("learning.method=opd", "learning.distillation=token"),
     "random-hint": ("learning.method=hybrid", "learning.hint_rule=random"),
-    "hybrid-lora": ("learning.method=hybrid", "lora.rank=16", "judge.engine=policy", "trainer.learning_rate=2e-3"),
+    "hybrid-lora": LORA,
+    "user-lora": (*LORA, "lora.policy_scope=user"),
+    "hierarchy-lora": (*LORA, "lora.policy_scope=hierarchy"),
     "memory": ("chat.memory=true", UNTRAINED),
     "memory-hybrid": ("chat.memory=true", "learning.method=hybrid"),
 }

@@ -57,6 +57,17 @@ def test_without_retraining_nothing_is_rejected():
     assert found.erasure.versions == (3,)
 
 
+@pytest.mark.parametrize("session", [None, "one"])
+def test_a_users_own_policy_goes_with_all_that_they_said(session):
+    """2 is Ann's, from everyone's 1; 3 is Ben's. Who erases one session keeps theirs, unless they retrain."""
+    line = [WeightVersion(n, 1, "lora", None, (), {}, 1.0, scope) for n, scope in ((2, "ann"), (3, "ben"))]
+    content = Content(turns=5, samples=4, versions=(2,), pinned=())
+    found = plan("ann", session, content, [LINE[0], *line], [], retrain=False, on_disk=(1, 2, 3), at=9.0)
+    gone = [event.version for event in found.events if event.state == "rejected"]
+    assert (gone, found.checkpoints) == (([2], (2,)) if session is None else ([], ()))
+    assert found.erasure.restored is None, "everyone's is as it was"
+
+
 def test_where_nothing_was_learnt_nothing_is_rejected():
     found, registry = planned(on_disk=())
     assert (registry.head(), found.erasure.restored, found.checkpoints) == (6, None, ())

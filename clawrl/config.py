@@ -265,10 +265,6 @@ class LearningSection(Section):
     normalise: Literal["sample", "token", "constant"] = "sample"
     normalise_length: int = Field(default=512, ge=1, description="Tokens that every reply is divided by if constant.")
 
-    user_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
-        default={}, description="What samples of a user count in a batch of everyone's; 1 where it does not say."
-    )
-
     @model_validator(mode="after")
     def _supported(self) -> LearningSection:
         if self.distillation_support == "student":
@@ -303,6 +299,9 @@ class BufferSection(Section):
     )
     replay_size: int = Field(
         default=1024, ge=1, description="So many of them are kept at most; the oldest are dropped."
+    )
+    user_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={}, description="What samples of a user count in a batch of everyone's; 1 where it does not say."
     )
     user_quota: int | None = Field(
         default=None, ge=1, description="Samples of one user in a batch of everyone's, at most. Unset: without bound."
@@ -520,6 +519,16 @@ class Config(Section):
             raise ValueError(
                 "judge.engine=policy judges with the policy's initial weights, which only adapters leave as they are; "
                 "add a [lora] section, or set judge.engine=own"
+            )
+        if self.policy_scope != "group" and self.trainer.checkpoint_every != 1:
+            raise ValueError(
+                f"trainer.checkpoint_every={self.trainer.checkpoint_every} with lora.policy_scope={self.policy_scope}: "
+                "moments would begin anew whenever the trainer turns to another policy; set trainer.checkpoint_every=1"
+            )
+        if self.policy_scope == "user" and self.pools:
+            raise ValueError(
+                "lora.policy_scope=user leaves no policy that learns from environments; "
+                "set lora.policy_scope=hierarchy, or remove [[pools]]"
             )
         if self.buffer.replay_fraction > 0 and self.journal.keep_days is not None:
             raise ValueError(

@@ -160,7 +160,7 @@ class System:
             config.gate.share,
             config.policy_scope,
         )
-        self._actor("watch", Watch, config.gate, journal, store)
+        self._actor("watch", Watch, config.gate, journal, store, config.policy_scope)
         loop = TrainLoop(
             config.trainer,
             config.learning,
@@ -324,8 +324,15 @@ def _require_model(config: Config, folder: Path) -> None:
     about = folder / "run.json"
     lora = None if config.lora is None else config.lora.model_dump(mode="json", include={"rank", "alpha", "targets"})
     if not about.exists():
-        about.write_text(json.dumps({"model": config.policy.model, "lora": lora}) + "\n")
-    began_with = {"lora": None, **json.loads(about.read_text())}
+        about.write_text(
+            json.dumps({"model": config.policy.model, "lora": lora, "policy_scope": config.policy_scope}) + "\n"
+        )
+    began_with = {"lora": None, "policy_scope": "group", **json.loads(about.read_text())}
+    if config.policy_scope == "user" and began_with["policy_scope"] != "user":
+        raise ConfigError(
+            f"run {folder.name} began with lora.policy_scope={began_with['policy_scope']}: users' policies would begin "
+            "with what everyone had said; set run=new for lora.policy_scope=user"
+        )
     for key, value, name in (("model", config.policy.model, "policy.model"), ("lora", lora, "lora")):
         if began_with[key] != value:
             raise ConfigError(

@@ -17,9 +17,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, delete, insert, select, text
+from sqlalchemy import Connection, delete, func, insert, select, text
 
-from clawrl.journal.tables import NEXT_STATES, NO_TOKENS, UNDISTILLED, UNJUDGED
+from clawrl.journal.tables import CONSUMPTIONS, NEXT_STATES, NO_TOKENS, SAMPLES, UNDISTILLED, UNJUDGED, UNTRAINED
 from clawrl.types import Comparison, Episode, Judgement, Lesson, NextState, Sample, Turn
 
 _UNJUDGED = f"""
@@ -71,16 +71,7 @@ _TRAINED = text(
     AND NOT EXISTS (SELECT 1 FROM samples s WHERE s.id = :id AND {_TO_LEARN})"""
 )
 _UNTRAINABLE = text("DELETE FROM untrained WHERE sample = :id")
-_WAITING = text(
-    """SELECT u.sample FROM untrained u JOIN samples s ON s.seq = u.seq
-    WHERE u.sample IN :turns AND (
-        (s.policy_scope <> 'user' AND u.seq > (
-            SELECT coalesce(max(x.seq), 0) FROM samples x JOIN consumptions c ON c.sample = x.id
-            WHERE c.version = (SELECT max(n.number) FROM versions n WHERE n.scope = '')))
-        OR (s.policy_scope <> 'group' AND u.seq > (
-            SELECT coalesce(max(x.seq), 0) FROM samples x JOIN consumptions c ON c.sample = x.id
-            WHERE c.version = (SELECT max(n.number) FROM versions n WHERE n.scope = s."user"))))"""
-).bindparams(bindparam("turns", expanding=True))
+
 
 SESSIONS_TO_DISTIL = text(
     """SELECT t."user", t.session FROM undistilled u JOIN turns t ON t.id = u.turn
@@ -143,11 +134,18 @@ def released(connection: Connection, samples: Iterable[str]) -> None:
 
 def waiting(connection: Connection, turns: list[str]) -> set[str]:
     """Those of `turns` that wait for the judge or their session's end, or whose samples wait for a trainer that has not
-    passed them over."""
+    passed them over: what a user's own policy has not learnt from by then, for want of a batch, it never does."""
+    newest = select(func.max(CONSUMPTIONS.c.version)).scalar_subquery()
+    passed = (
+        select(func.coalesce(func.max(SAMPLES.c.seq), 0))
+        .join(CONSUMPTIONS, CONSUMPTIONS.c.sample == SAMPLES.c.id)
+        .where(CONSUMPTIONS.c.version == newest)
+        .scalar_subquery()
+    )
     unjudged = select(UNJUDGED.c.turn).where(UNJUDGED.c.turn.in_(turns))
     undistilled = select(UNDISTILLED.c.turn).where(UNDISTILLED.c.turn.in_(turns))
-    waiting = [*connection.scalars(unjudged), *connection.scalars(undistilled)]
-    return {*waiting, *connection.scalars(_WAITING, {"turns": turns})}
+    untrained = select(UNTRAINED.c.sample).where(UNTRAINED.c.sample.in_(turns), UNTRAINED.c.seq > passed)
+    return {turn for each in (unjudged, undistilled, untrained) for turn in connection.scalars(each)}
 
 
 def fill(connection: Connection) -> None:

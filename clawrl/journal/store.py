@@ -553,6 +553,11 @@ class JournalStore(JournalReader):
                     f"version {version.number} would learn again from sample {taken.sample}, which version "
                     f"{taken.version} consumed; go on from the newest version"
                 )
+            others = select(SAMPLES.c.user).where(SAMPLES.c.id.in_(version.samples), SAMPLES.c.user != version.scope)
+            if personal and connection.scalar(others.limit(1)) is not None:
+                raise JournalError(
+                    f"version {version.number} of one user would learn from another's samples; a batch is of one user"
+                )
             if gone := erasure.withdrawn(connection, version.samples):
                 raise WithdrawnError(
                     f"version {version.number} learnt from {len(gone)} samples that were withdrawn meanwhile; "

@@ -242,9 +242,8 @@ class Collector:
         try:
             sample = build_sample(turn, judgement, teacher, reference, baseline, self._learning)
             if sample is not None:
-                weight = sample.weight * self._learning.user_weights.get(turn.user, 1.0)
                 held_out = is_held_out(turn.session, self._held_out_share)
-                sample = replace(sample, weight=weight, held_out=held_out, policy_scope=self._policy_scope)
+                sample = replace(sample, held_out=held_out, policy_scope=self._policy_scope)
         except Exception:
             log.exception("event=build_failed turn=%s", turn.id)  # a defect: the judgement is kept, the flow goes on
             self._counts["build_failures"] += 1

@@ -130,7 +130,7 @@ class Pool:
         while time.monotonic() > self._credited:
             try:
                 stats = await self._buffer.stats.remote()
-                if stats["size"] < self._most_waiting:
+                if stats["everyones"] < self._most_waiting:
                     waiting = await self._journal.groups_to_compare.remote(0, self._most_uncompared, 0.0)
                     if len(waiting) < self._most_uncompared:
                         self._credited = time.monotonic() + CREDIT_S

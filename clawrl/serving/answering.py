@@ -32,7 +32,7 @@ from clawrl.serving.placing import Place, Placing
 from clawrl.serving.sessions import Identity, digest, request_digest
 from clawrl.serving.streams import EventStream
 from clawrl.serving.surfaces import Surface
-from clawrl.types import NOT_KEPT, Capture, Message, Turn
+from clawrl.types import GROUP, NOT_KEPT, Capture, Message, Turn
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ class Answering:
         while True:
             run.pieces = _whole(
                 getattr(self._stream, run.asked.surface.method).remote(
-                    run.asked.body, run.asked.request, run.asked.identity.user
+                    run.asked.body, run.asked.request, _asker(run.asked.identity)
                 )
             )
             try:
@@ -212,6 +212,11 @@ class _Run:
             if not self.kept and not refused:
                 self.kept = True
                 self._answering.record_left(self, self.left or reply_message(None, None, None))
+
+
+def _asker(identity: Identity) -> str:
+    """Whose policy answers: attempts at an environment's task are nobody's, and everyone's policy learns from them."""
+    return GROUP if identity.group is not None else identity.user
 
 
 async def _whole(pieces: Any) -> AsyncGenerator[Any, None]:

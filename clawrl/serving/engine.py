@@ -64,7 +64,8 @@ class Engine:
         self.online_renderer = renderer
         self._settings = settings
         self._support = support
-        self._recorders: dict[str, tuple[Recorder, str]] = {}  # and who asks
+        self._recorders: dict[str, Recorder] = {}
+        self._askers: dict[str, str] = {}  # users by the request that is captured
         self._captured: dict[str, tuple[Recorder, bool]] = {}  # and whether the client sees log-probabilities too
         self._chunk_rate = CHUNK_RATE if settings.gpus_per_replica == 0 else GPU_CHUNK_RATE
         self._register = llm.output_processor.add_request
@@ -98,12 +99,13 @@ class Engine:
     def record(self, request_id: str, user: str = GROUP) -> Recorder:
         """Capture the request that will arrive under this id; the caller reads the recorder when it has ended."""
         recorder = Recorder(self._support)
-        self._recorders[request_id] = recorder, user
+        self._recorders[request_id], self._askers[request_id] = recorder, user
         return recorder
 
     def forget(self, request_id: str) -> None:
-        """The request never reached the engine: drop its recorder."""
+        """The request is over, or never reached the engine."""
         self._recorders.pop(request_id, None)
+        self._askers.pop(request_id, None)
 
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
@@ -111,8 +113,9 @@ class Engine:
         """AsyncLLM.generate by the user's version of the moment, with the capture's log-probabilities."""
         from clawrl.serving.scheduler import KEEP_BACK
 
-        recorder, user = self._recorders.pop(request_id, (None, GROUP))
-        adapter = self.adapter(user)
+        recorder = self._recorders.pop(request_id, None)
+        first = f"{request_id.rpartition('-')[0]}-0"  # of several prompts, which is the one captured
+        adapter = self.adapter(self._askers.get(request_id) or self._askers.get(first, GROUP))
         if recorder is not None:
             recorder.version = adapter and adapter.version
             shown = sampling_params.logprobs is not None

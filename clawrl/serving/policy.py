@@ -15,6 +15,7 @@ import json
 import logging
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from clawrl.observe import metric
 from clawrl.serving.capture import Finished, Recorder, Refused
 from clawrl.serving.engine import Engine, Scorer, start_engine
 from clawrl.serving.layers import Layer, layers
-from clawrl.types import GROUP, Publication, Swap, Withdrawal
+from clawrl.types import GROUP, Publication, Scores, Swap, Withdrawal
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ WAIT_S = 30.0  # one long poll for the next version
 RETRY_S = 1.0
 KEPT_USERS = 1000
 """Whose versions a replica follows: those who asked last."""
+MEET_S = 2.0
+"""A user's first request waits so long for their own version, and is then answered by everyone's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,8 @@ class Policy(Scorer):
         self._versions: dict[str, int | None] = {GROUP: 0}  # that are served, by scope; None: everyone's
         self._canaries: dict[str, tuple[np.ndarray, ...]] = {}  # what they last said of the canary
         self._personal = adapters is not None and adapters.lora.policy_scope != "group"
-        self._taking_over, self._meeting = asyncio.Lock(), dict[str, asyncio.Task[None]]()
+        self._taking_over: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by scope
+        self._meeting: dict[str, asyncio.Task[None]] = {}
         self._reporting: set[asyncio.Task[None]] = set()
         if store is not None:
             self._store, name = store
@@ -104,6 +108,12 @@ class Policy(Scorer):
         """The same for a response."""
         async for piece in self._serve(self._layers["respond"], body, request_id, user):
             yield piece
+
+    async def score_messages(self, *given: Any, user: str = GROUP, **named: Any) -> Scores:
+        """As every engine's, by the user's own policy where users have any."""
+        if self._personal and user != GROUP:
+            await self._meet(user)
+        return await super().score_messages(*given, user=user, **named)
 
     async def _serve(
         self, layer: Layer, body: dict[str, Any], request_id: str, user: str
@@ -172,11 +182,15 @@ class Policy(Scorer):
         news: Publication | Withdrawal | None = await self._store.wait.remote(
             self.replica, dict(self._versions), timeout_s
         )
-        if isinstance(news, Publication) and (swap := await self._take_over(news)):
-            await self._report(swap)
-        elif isinstance(news, Withdrawal):
+        if isinstance(news, Withdrawal):
             self._engine.switch(None, news.scope)
+            self._canaries.pop(news.scope, None)
             self._versions[news.scope] = None
+        elif news is not None:
+            if news.scope != GROUP and news.scope in self._versions:  # the last to be told of, should this one fail
+                self._versions[news.scope] = self._versions.pop(news.scope)
+            if swap := await self._take_over(news):
+                await self._report(swap)
 
     async def _meet(self, user: str) -> None:
         """A user asks: their own version, if there is one, is served from their first request on."""
@@ -185,7 +199,7 @@ class Policy(Scorer):
         elif user not in self._meeting:
             self._meeting[user] = asyncio.create_task(self._get_to_know(user))
         if user in self._meeting:
-            await asyncio.shield(self._meeting[user])
+            await asyncio.wait({self._meeting[user]}, timeout=MEET_S)
 
     async def _get_to_know(self, user: str) -> None:
         """Nobody is refused for want of their own version; it comes later then."""
@@ -201,10 +215,15 @@ class Policy(Scorer):
         finally:
             del self._meeting[user]
         while len(self._versions) > KEPT_USERS + 1:
-            oldest = next(each for each in self._versions if each != GROUP)
-            self._engine.switch(None, oldest)
-            del self._versions[oldest]
-            self._canaries.pop(oldest, None)
+            users = [each for each in self._versions if each != GROUP]
+            without = (each for each in users[:-1] if self._versions[each] is None)  # a crowd of names evicts nobody
+            self._forget(next(without, users[0]))
+
+    def _forget(self, user: str) -> None:
+        self._engine.switch(None, user)
+        del self._versions[user]
+        self._canaries.pop(user, None)
+        self._taking_over.pop(user, None)
 
     async def _report(self, swap: Swap) -> None:
         """Tell the store until it has taken it: a version that nobody reports never proves itself."""
@@ -219,7 +238,7 @@ class Policy(Scorer):
         """Serve another version; None if it is served already. What fails before the engine is touched is asked for
         again.
         """
-        async with self._taking_over:
+        async with self._taking_over[publication.scope]:
             if self._versions.get(publication.scope) == publication.number:
                 return None
             swap = await self._served(publication)
@@ -241,7 +260,8 @@ class Policy(Scorer):
         near.clear()
         error, moved = _largest_gap(after, publication.canary.logprobs), _largest_gap(after, before)
         metric("policy/stall_s").observe(stall_ms / 1000)
-        metric("policy/version_num").set(publication.number)
+        if scope == GROUP:
+            metric("policy/version_num").set(publication.number)
         metric("policy/canary_error_nat").set(error)
         log.info(
             "event=swap version=%d stall_ms=%.1f canary_error=%.2g canary_moved=%.2g",

@@ -25,7 +25,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from clawrl.config import BufferSection
@@ -62,7 +62,7 @@ class _Queue:
     waiting: list[Sample] = field(default_factory=list)  # oldest first
     offline: list[Sample] = field(default_factory=list)  # beyond max_lag, oldest first
     since: float = field(default_factory=time.monotonic)  # that there is something to wait for
-    line: tuple[int, ...] = ()  # the trainer's version and its ancestors, newest first; empty: none of its own
+    line: tuple[int, ...] = ()  # the policy's version and those of its own that it came from, newest first
 
 
 def chosen(waiting: Sequence[Sample], size: int, user_quota: int | None) -> list[Sample]:
@@ -91,6 +91,8 @@ class ReplayBuffer:
         self._next: int | None = None  # the step that may lease of what waits: the one before it is settled
         self._dropped: set[tuple[str, str]] = set()  # scope and sample
         self._replayed = 0
+        self._made: dict[int, float] = {}  # when versions were made, or were first heard of; seconds since the epoch
+        self._personal: set[int] = set()  # versions of users
         self._released: frozenset[str] = frozenset()  # samples of rejected versions: in time when first trained on
         self._closed = False
         self._changed = asyncio.Condition()
@@ -124,15 +126,17 @@ class ReplayBuffer:
             self._next = step + 1
 
     async def advance(self, line: Sequence[int], scope: str = GROUP) -> None:
-        """A policy is at line[0], which came from line[1] and so on: drop what is too old for it."""
+        """A policy is at line[0], which came from line[1] and so on, all of its own: drop what is too old for it."""
         self._queues.setdefault(scope, _Queue()).line = tuple(line)
-        users = (name for name, queue in self._queues.items() if not queue.line)
-        for name in [scope, *users] if scope == GROUP else [scope]:
-            self._sort(name)
+        for number in line:
+            self._made.setdefault(number, time.time())
+        if scope != GROUP:
+            self._personal.update(line)
+        self._sort(scope)
 
     async def stats(self) -> dict[str, int | None]:
         """Samples waiting (`size`), kept `offline`, leased, and dropped or `replayed` since the start; the oldest
-        version among the waiting; and how many wait for the policy that has most of them.
+        version among the waiting; how many wait for the policy that has most of them, and for everyone's.
         """
         queues = self._queues.values()
         oldest = min((sample.oldest_version for queue in queues for sample in queue.waiting), default=None)
@@ -141,6 +145,7 @@ class ReplayBuffer:
             "size": sum(len(queue.waiting) for queue in queues),
             "offline": sum(len(queue.offline) for queue in queues),
             "longest": max(len(queue.waiting) for queue in queues),
+            "everyones": len(self._queues[GROUP].waiting),
             "leased": leased,
             "dropped": len(self._dropped),
             "replayed": self._replayed,
@@ -188,7 +193,7 @@ class ReplayBuffer:
             fresh, offline = self._shares(queue)
             first = chosen(queue.waiting, fresh, self._settings.user_quota if scope == GROUP else None)
             kept, taken = len(queue.offline) - offline, {sample.id for sample in first}
-            self._leases[step] = Batch(step, (*first, *queue.offline[kept:][::-1]), scope)
+            self._leases[step] = Batch(step, self._weighted((*first, *queue.offline[kept:][::-1]), scope), scope)
             if offline:
                 self._replayed += offline
                 metric("buffer/replayed_num").inc(offline)
@@ -199,13 +204,20 @@ class ReplayBuffer:
             queue.since = now
         return self._leases[step]
 
+    def _weighted(self, samples: tuple[Sample, ...], scope: str) -> tuple[Sample, ...]:
+        """What users count in everyone's policy; in their own all counts alike."""
+        weights = self._settings.user_weights if scope == GROUP else {}
+        return tuple(
+            replace(each, weight=each.weight * weights[each.user]) if each.user in weights else each for each in samples
+        )
+
     def _sort(self, scope: str, new: Sequence[Sample] = ()) -> None:
         """Of what waits, is offline or new, what is young enough, or trained on again, waits; of the others the newest
         stay offline, and what is left is dropped and counted.
         """
         queue, most = self._queues[scope], self._settings.max_lag
-        samples, line = [*queue.offline, *queue.waiting, *new], queue.line or self._queues[GROUP].line
-        young = [each for each in samples if lag(line, each.newest_version) <= most or each.id in self._released]
+        samples = [*queue.offline, *queue.waiting, *new]
+        young = [each for each in samples if self._age(each, scope) <= most or each.id in self._released]
         if not queue.waiting:
             queue.since = time.monotonic()
         queue.waiting, kept = young, {sample.id for sample in young}
@@ -218,7 +230,17 @@ class ReplayBuffer:
         if dropped:
             self._dropped |= dropped
             metric("buffer/dropped_num").inc(len(dropped))
-            log.info("event=samples_dropped number=%d version=%d", len(dropped), line[0])
+            log.info("event=samples_dropped number=%d version=%d", len(dropped), queue.line[0])
+
+    def _age(self, sample: Sample, scope: str) -> int:
+        """How many steps a policy has gone on since a sample was taken.
+
+        Everyone's learns from what users' own policies said too: their numbers are no place in its line, the time is.
+        """
+        line = self._queues[scope].line
+        if scope == GROUP and sample.newest_version in self._personal:
+            return next((at for at, number in enumerate(line) if self._made[number] <= sample.at), len(line))
+        return lag(line, sample.newest_version)
 
     def _measure(self) -> None:
         queues = self._queues.values()
@@ -287,9 +309,11 @@ class ReplayBuffer:
         versions, events = await asyncio.gather(self._journal.versions.remote(), self._journal.version_events.remote())
         registry = Registry(versions, events)
         states = registry.states()
+        self._made |= {0: 0.0, **{each.number: each.at for each in versions}}
+        self._personal |= {each.number for each in versions if each.scope != GROUP}
         for scope in registry.scopes():
             queue = self._queues.setdefault(scope, _Queue())
-            queue.line = queue.line or registry.line(registry.head(scope))
+            queue.line = queue.line or registry.own_line(scope)
         self._released = frozenset(
             sample for each in versions if states[each.number] == "rejected" for sample in each.samples
         )

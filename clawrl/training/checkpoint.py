@@ -6,6 +6,7 @@ states and who reads. A folder appears whole or not at all, and is on the disk w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import numpy as np
 
 from clawrl.config import model_path
 from clawrl.errors import WeightSyncError, boundary
-from clawrl.types import Bucket, Canary
+from clawrl.types import GROUP, Bucket, Canary
 
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _CARRIERS = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
@@ -116,6 +117,11 @@ def require_whole(folder: Path) -> None:
             _read_header(folder / file)
     if read_canary(folder) is None:
         raise WeightSyncError(f"checkpoint {folder} has no {_CANARY}; restore it or roll back")
+
+
+def states_of(scope: str) -> str:
+    """The folder of a policy among those of the trainer's states."""
+    return "group" if scope == GROUP else hashlib.sha256(scope.encode()).hexdigest()[:32]
 
 
 def remove_states(folder: Path, numbers: Collection[int]) -> None:

@@ -141,9 +141,12 @@ class _Rank:
         """Rank 0: tell the buffer of heads that are not those it knows of, then ask it for a batch."""
         heads: dict[str, int] = ray.get(self._store.heads.remote())
         for scope, number in sorted(heads.items(), key=lambda item: item[1]):
-            if self._told.get(scope, 0) != number:
+            if self._told.get(scope) != number:
                 head: Head = ray.get(self._store.latest.remote(scope))
-                self._settled(head.number, head.line, scope)
+                self._settled(head.number, head.own, scope)
+        for scope in self._told.keys() - heads.keys():  # they have everyone's again
+            ray.get(self._buffer.advance.remote((), scope))
+            del self._told[scope]
         head = ray.get(self._store.latest.remote())
         anchor = head.number
         batch: Batch | None = ray.get(self._buffer.take.remote(head.next_number, TAKE_TIMEOUT_S))
@@ -163,9 +166,9 @@ class _Rank:
         lora = self._loop.lora
         return lora is not None and lora.policy_scope == "hierarchy" and scope != GROUP and lora.anchor > 0
 
-    def _settled(self, number: int, line: Sequence[int], scope: str) -> None:
+    def _settled(self, number: int, own: Sequence[int], scope: str) -> None:
         """Rank 0: this is a policy's head; the buffer lets go of the batch that made it, and of what is too old."""
-        ray.get([self._buffer.release.remote(number), self._buffer.advance.remote(line, scope)])
+        ray.get([self._buffer.release.remote(number), self._buffer.advance.remote(own, scope)])
         self._told[scope] = number
 
     def _load(self, head: Head, scope: str) -> None:
@@ -213,7 +216,8 @@ class _Rank:
                 at=time.time(),
                 scope=batch.scope,
             )
-            self._settle(version, num_buckets, canary, line, decision)
+            own = (head.next_number, *head.own)[:LINE]
+            self._settle(version, num_buckets, canary, own, decision)
 
     def _examined(self, line: tuple[int, ...], metrics: dict[str, float], batch: Batch) -> GateDecision | None:
         """The gate's decision on the weights as they are, taken by rank 0 for all; None where there is no gate."""
@@ -242,7 +246,7 @@ class _Rank:
         version: WeightVersion,
         num_buckets: int,
         canary: Any,
-        line: tuple[int, ...],
+        own: tuple[int, ...],
         decision: GateDecision | None,
     ) -> None:
         """Rank 0: offer the version and, once it is recorded, let go of its batch."""
@@ -253,7 +257,7 @@ class _Rank:
         if decision is not None and not decision.passed:  # nothing is older for a version that nobody gets
             ray.get(self._buffer.release.remote(version.number))
             return
-        self._settled(version.number, line, version.scope)
+        self._settled(version.number, own, version.scope)
         metrics = version.metrics
         metric("trainer/step_num").set(version.number)
         for name, key in (("trainer/loss_value", "loss"), ("trainer/lag_num", "lag_mean")):

@@ -14,7 +14,6 @@ moments start anew.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
+from clawrl.training.checkpoint import states_of
 from clawrl.types import GROUP
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,9 @@ class TrainerCheckpoints:
 
     def __init__(self, folder: Path, every: int) -> None:
         self._folder, self._every = folder, every
+        for state in folder.glob("*-from-*") if dist.get_rank() == 0 else ():  # as runs kept them before users had any
+            (folder / states_of(GROUP)).mkdir(exist_ok=True)
+            state.rename(folder / states_of(GROUP) / state.name)
 
     def save(self, line: Sequence[int], state: dict[str, Tensor], scope: str = GROUP) -> None:
         """Keep the state that goes with version line[0], made from line[1].
@@ -87,8 +90,7 @@ class TrainerCheckpoints:
 
     def _of(self, line: Sequence[int], scope: str) -> Path:
         """A number that was refused is used again, with another parent: both name the folder."""
-        whose = "group" if scope == GROUP else hashlib.sha256(scope.encode()).hexdigest()[:32]
-        return self._folder / whose / f"{line[0]}-from-{line[1] if len(line) > 1 else 'none'}"
+        return self._folder / states_of(scope) / f"{line[0]}-from-{line[1] if len(line) > 1 else 'none'}"
 
     def _remove_others(self, line: Sequence[int], scope: str) -> None:
         there = (folder for start in range(len(line)) if (folder := self._of(line[start:], scope)).is_dir())

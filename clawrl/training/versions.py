@@ -146,6 +146,10 @@ class Registry:
             at = self._parents.get(at)
         return tuple(found)
 
+    def own_line(self, scope: str) -> tuple[int, ...]:
+        """The versions of a scope itself that its head came from, newest first, and the head."""
+        return tuple(each for each in self.line(self.head(scope)) if self._scopes[each] == scope)
+
     def newest(self, count: int) -> list[int]:
         """The newest versions of each scope that were not rejected."""
         left = ([each for each in numbers if self._states[each] != "rejected"] for numbers in self._numbers.values())
@@ -218,7 +222,7 @@ class Registry:
         scope = self._scopes[number] if scope is None else scope
         if self._scopes[number] not in (GROUP, scope):
             raise WeightSyncError(f"version {number} is of the user {self._scopes[number]!r}; leave the user out")
-        if state in ("candidate", "rejected"):
+        if state in ("candidate", "rejected") and self._scopes[number] == scope:
             proven = [each for each, now in self._states.items() if now in ("serving", "retired")]
             why = "has not served yet" if state == "candidate" else "was rejected"
             raise WeightSyncError(
@@ -236,18 +240,15 @@ class Registry:
 
     def _reject_line(self, number: int, reason: str, others: str, at: float) -> list[VersionEvent]:
         """Reject a version and, for the reason `others`, all that was trained from it, where that is not so already."""
-        line = [each for each in sorted(self._states) if each >= number and self._descends(each, number)]
+        line = {number}
+        for each in sorted(self._parents):  # parents have lower numbers
+            if self._parents[each] in line:
+                line.add(each)
         return [
             self._enter(each, "rejected", reason if each == number else others, at)
-            for each in line
+            for each in sorted(line)
             if self._states[each] != "rejected"
         ]
-
-    def _descends(self, number: int, ancestor: int) -> bool:
-        at: int | None = number
-        while at is not None and at > ancestor:
-            at = self._parents.get(at)
-        return at == ancestor
 
     def _enter(self, number: int, state: VersionState, reason: str, at: float) -> VersionEvent:
         now = self.state(number)

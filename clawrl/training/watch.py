@@ -20,14 +20,13 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from clawrl.config import GateSection
-from clawrl.types import GROUP, GateCheck, GateDecision, Judgement, Turn
+from clawrl.types import GROUP, GateCheck, GateDecision, Judgement, PolicyScope, Turn
 
 log = logging.getLogger(__name__)
 
@@ -188,8 +187,11 @@ class Detectors:
         for detector in (self._falls, self._corrections, self._bounds):
             detector.restart()
 
-    def decided(self, turn: Turn, judgement: Judgement, version: int) -> GateDecision | None:
-        """Take in a turn; a decision if it is one too many. Version 0 is never blamed."""
+    def decided(self, turn: Turn, judgement: Judgement, version: int, spoke: int) -> GateDecision | None:
+        """Take in a turn of the version that `spoke`; a decision if it is one too many.
+
+        `version` is who may be blamed: the same, or 0, which never is.
+        """
         if judgement.score is not None:
             streams: tuple[tuple[Literal["reward", "corrections"], FallDetector, float], ...] = (
                 ("reward", self._falls, float(judgement.score)),
@@ -198,22 +200,23 @@ class Detectors:
             for kind, detector, score in streams:
                 fall = detector.add(score, version)
                 if fall is not None:
-                    return fall_decision(kind, fall, version, self._settings)
+                    return fall_decision(kind, fall, spoke, self._settings)
         ids = turn.capture.completion_ids
         bounded = self._bounds.add(len(ids), repetition(ids), version)
         if bounded is None:
             return None
         check, blamed = bounded
         return decision(
-            f"{check.name} of the last {FEWEST} replies {check.value:.2f}, {check.bound}", check, blamed, version
+            f"{check.name} of the last {FEWEST} replies {check.value:.2f}, {check.bound}", check, blamed, spoke
         )
 
 
 class Watch:
     """Async actor. `journal` and `store` are handles. It starts by itself and asks again whatever fails."""
 
-    def __init__(self, settings: GateSection, journal: Any, store: Any) -> None:
+    def __init__(self, settings: GateSection, journal: Any, store: Any, policy_scope: PolicyScope = "group") -> None:
         self._settings, self._journal, self._store = settings, journal, store
+        self._personal = policy_scope != "group"
         self._detectors: dict[str, Detectors] = {}  # by scope
         self._turns = 0
         self._undelivered: deque[tuple[str, GateDecision]] = deque()
@@ -242,7 +245,7 @@ class Watch:
                     version = max((span.version for span in turn.capture.versions), default=0)
                     state, scope = standing.get(version, (None, GROUP))
                     if state != "rejected":
-                        self._take_in(turn, judgement, version, scope, {own for _, own in standing.values()})
+                        self._take_in(turn, judgement, version, scope)
                         standing = await self._store.standing.remote() if await self._deliver() else standing
             except Exception as error:
                 log.warning("event=watch_waits error=%s retry_s=%g", type(error).__name__, _RETRY_S)
@@ -260,16 +263,16 @@ class Watch:
                 self._detectors[each].restart()
         return True
 
-    def _take_in(self, turn: Turn, judgement: Judgement, version: int, scope: str, scopes: Collection[str]) -> None:
+    def _take_in(self, turn: Turn, judgement: Judgement, version: int, scope: str) -> None:
         """A turn tells of the policy that spoke. For a user's own, everyone's is what was before, and blameless."""
         self._turns += 1
         watched = {scope: version}
-        if turn.user in scopes:
+        if self._personal:
             watched.setdefault(turn.user, 0)
         for each, blamed in watched.items():
             if each not in self._detectors:
                 self._detectors[each] = Detectors(self._settings)
-            if (decided := self._detectors[each].decided(turn, judgement, blamed)) is not None:
+            if (decided := self._detectors[each].decided(turn, judgement, blamed, version)) is not None:
                 self._undelivered.append((each, decided))
 
 

@@ -40,6 +40,7 @@ from clawrl.training.checkpoint import (
     remove_states,
     remove_unfinished,
     require_whole,
+    states_of,
     write_adapter,
     write_canary,
     write_checkpoint,
@@ -73,6 +74,7 @@ class Head:
     number: int
     next_number: int
     line: tuple[int, ...] = field(default=(), compare=False)  # of the registry: it and its ancestors, newest first
+    own: tuple[int, ...] = field(default=(), compare=False)  # those of them that are of the policy itself
 
 
 @dataclass(slots=True)
@@ -121,12 +123,13 @@ class WeightStore:
         registry = await self._known()
         metric("versions/latest_num").set(registry.head())  # Ray exports a gauge only after it was set
         number = registry.head(scope)
-        return Head(number, registry.next_number, registry.line(number))
+        return Head(number, registry.next_number, registry.line(number), registry.own_line(scope))
 
     async def heads(self) -> dict[str, int]:
-        """The version that each policy's training goes on from."""
+        """The version that each policy's training goes on from; without users who have none of their own."""
         registry = await self._known()
-        return {scope: registry.head(scope) for scope in registry.scopes()}
+        heads = {scope: registry.head(scope) for scope in registry.scopes()}
+        return {scope: number for scope, number in heads.items() if registry.scope(number) == scope}
 
     async def num_buckets(self, number: int) -> int:
         """How many buckets make up a version, which is read from disk if it is no longer in memory."""
@@ -176,7 +179,7 @@ class WeightStore:
                 return False
             self._canaries[version.number] = canary
             self._last_step = version.metrics
-            metric("versions/latest_num").set(version.number)
+            metric("versions/latest_num").set(registry.head())
             logger.info("event=version_offered version=%d parent=%s", version.number, version.parent)
             await self._forget_old(registry)  # while no other offer writes a folder that is not recorded yet
         await self._wake()
@@ -204,7 +207,7 @@ class WeightStore:
             def change(changed: Registry) -> list[VersionEvent]:
                 line = [each for each in changed.numbers(changed.scope(decision.version)) if each >= decision.version]
                 served = [each for each in line if changed.state(each) != "rejected"]
-                back = [each for each in served if changed.parent(each) in on_disk]
+                back = [each for each in served if _can_return(changed, each, on_disk)]
                 if decision.passed or changed.state(decision.version) == "rejected" or not back:
                     return []
                 return changed.reject(back[0], f"watch: {decision.reason}", decision.at)
@@ -309,7 +312,7 @@ class WeightStore:
         async with self._removing:  # its checkpoint stays while it is looked at
             target = registry.before(user or GROUP) if number is None else number
             scope = registry.scope(target) if user is None else user
-            if registry.state(target) == "retired":
+            if registry.state(target) == "retired" and registry.scope(target) == scope:
                 await self._require_checkpoint(target)
             events = await self._decide(registry, lambda changed: changed.rollback(target, reason, time.time(), user))
         rejected = [event.version for event in events if event.state == "rejected"]
@@ -366,18 +369,19 @@ class WeightStore:
     async def status(self) -> dict[str, Any]:
         """Everyone's desired, serving and head versions, the state of each, and what replicas seen lately said last.
 
-        `unproven` counts candidates that replicas should serve, of whosever policy; `users` those who have their own.
+        `unproven` counts candidates that replicas should serve to whom they serve; `users` those who have their own.
         """
         registry = await self._known()
         now = time.monotonic()
         alive = {name: each for name, each in self._replicas.items() if now - each.seen < REPLICA_FORGOTTEN_S}
+        followed = {GROUP, *(scope for each in alive.values() for scope in each.versions)}
         return {
             "desired": registry.desired(),
             "serving": registry.serving(),
             "head": registry.head(),
             "states": registry.states(),
             "users": len(registry.scopes()) - 1,
-            "unproven": sum(registry.state(registry.desired(each)) == "candidate" for each in registry.scopes()),
+            "unproven": sum(registry.state(registry.desired(each)) == "candidate" for each in followed),
             "replicas": {name: each.versions.get(GROUP) for name, each in alive.items()},
             "stall_ms": {name: each.stall_ms for name, each in alive.items()},
             "canary_error": {name: each.canary_error for name, each in alive.items()},
@@ -424,7 +428,8 @@ class WeightStore:
                 self._held.pop(number, None)
                 self._canaries.pop(number, None)
                 await asyncio.to_thread(shutil.rmtree, self._folder / str(number))
-            await asyncio.to_thread(self._remove_traces, registry, planned.checkpoints)
+            whole = whose if session is None else None
+            await asyncio.to_thread(self._remove_traces, registry, planned.checkpoints, whole)
         logger.warning("event=forgotten turns=%d restored=%s", planned.erasure.turns, planned.erasure.restored)
         await self._wake()
         return planned.told(done=True, unwiped=await self._scrub())
@@ -625,13 +630,24 @@ class WeightStore:
                 del self._canaries[number]
             await asyncio.to_thread(_remove_others, self._folder, stay)
 
-    def _remove_traces(self, registry: Registry, numbers: Collection[int]) -> None:
+    def _remove_traces(self, registry: Registry, numbers: Collection[int], user: str | None = None) -> None:
         """Remove from disk what the trainer kept with these versions, and with one that it did not get recorded.
+
+        Of a user's own policy all that there is.
 
         For who holds `_offering`: also what is half written.
         """
-        remove_states(self._folder.parent / "trainer", {*numbers, registry.next_number})
+        states = self._folder.parent / "trainer"
+        remove_states(states, {*numbers, registry.next_number})
+        if user is not None:
+            shutil.rmtree(states / states_of(user), ignore_errors=True)
         remove_unfinished(self._folder)
+
+
+def _can_return(registry: Registry, number: int, on_disk: Collection[int]) -> bool:
+    """Whether what serves once a version is rejected can be had: its parent, or everyone's if it is a user's first."""
+    parent = registry.parent(number)
+    return parent is not None and (parent in on_disk or registry.scope(parent) != registry.scope(number))
 
 
 def _due(registry: Registry, versions: Mapping[str, int | None]) -> str | None:

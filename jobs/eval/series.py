@@ -26,6 +26,9 @@ from jobs.eval.findings import Reports
 from jobs.eval.plan import Arm, Plan, digest, folder_name, names_of
 from jobs.eval.runs import RunFailed, commit, make_run, result_of
 
+_PLACES = ("run_root=", "run=", "gateway.")
+"""Overrides that say where a run is, and not what."""
+
 Results = dict[tuple[str, int], dict[str, Any]]
 """By arm and seed: `found` (what the job's `read` gives), `words` (of its command line), `commit`, and when and how."""
 
@@ -126,8 +129,9 @@ def _make(
     results: Results = {}
     failures: dict[str, str] = {}
     words = {(arm.name, seed): [*_arguments(plan, arm, options), *job.seeded(seed)] for arm, seed in plan.runs}
+    named = {place: tuple(each for each in every if not each.startswith(_PLACES)) for place, every in words.items()}
     kept = {
-        (arm.name, seed): result_of(state / folder_name(arm, seed)) or known.get(tuple(words[arm.name, seed]))
+        (arm.name, seed): result_of(state / folder_name(arm, seed)) or known.get(named[arm.name, seed])
         for arm, seed in plan.runs
     }
     left = [(arm, seed) for arm, seed in plan.runs if kept[arm.name, seed] is None]
@@ -154,7 +158,7 @@ def _make(
         results[arm.name, seed] = (
             result
             if report is None
-            else {**result, "found": job.read(report), "words": words[arm.name, seed], "commit": source}
+            else {**result, "found": job.read(report), "words": named[arm.name, seed], "commit": source}
         )
     return results, failures
 

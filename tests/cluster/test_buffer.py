@@ -18,7 +18,16 @@ from clawrl.types import PolicyScope, Sample, VersionEvent, WeightVersion
 
 pytestmark = pytest.mark.cluster
 PATIENCE_S = 120.0
-EMPTY = {"size": 0, "offline": 0, "longest": 0, "leased": 0, "replayed": 0, "dropped": 0, "oldest_version": None}
+EMPTY = {
+    "size": 0,
+    "offline": 0,
+    "longest": 0,
+    "everyones": 0,
+    "leased": 0,
+    "replayed": 0,
+    "dropped": 0,
+    "oldest_version": None,
+}
 
 
 RESTARTS = {"max_restarts": -1, "max_task_retries": -1}
@@ -90,6 +99,7 @@ def test_a_batch_comes_when_it_is_full_and_the_surplus_stays(journal, start):
         "size": 5,
         "offline": 0,
         "longest": 5,
+        "everyones": 5,
         "leased": 4,
         "replayed": 0,
         "dropped": 0,
@@ -158,9 +168,9 @@ def test_stale_samples_are_dropped_and_counted(journal, start):
     append(journal, "def", version=1)
     stats(buffer, size=6)
     answer(buffer.advance.remote([2, 1, 0]))
-    assert stats(buffer) == EMPTY | {"size": 6, "longest": 6, "oldest_version": 0}
+    assert stats(buffer) == EMPTY | {"size": 6, "longest": 6, "everyones": 6, "oldest_version": 0}
     answer(buffer.advance.remote([3, 2, 1, 0]))
-    assert stats(buffer) == EMPTY | {"size": 3, "longest": 3, "dropped": 3, "oldest_version": 1}
+    assert stats(buffer) == EMPTY | {"size": 3, "longest": 3, "everyones": 3, "dropped": 3, "oldest_version": 1}
     append(journal, "gh", version=0)
     append(journal, "i", version=3)
     assert take(buffer, 4) == "defi"
@@ -211,7 +221,6 @@ def test_stale_samples_are_replayed_newest_first_and_once(journal, start):
 
 @pytest.mark.processes
 def test_a_killed_buffer_replays_the_same_samples_for_the_same_step(journal, start):
-    record(journal, 0, "")
     for number in range(1, 6):
         record(journal, number, "")
     append(journal, "ab", version=1)
@@ -254,6 +263,7 @@ def test_a_rollback_makes_no_sample_older_and_the_refused_batch_comes_again(jour
         "size": 4,
         "offline": 0,
         "longest": 4,
+        "everyones": 4,
         "leased": 0,
         "replayed": 0,
         "dropped": 0,
@@ -373,11 +383,37 @@ def test_everyones_policy_and_the_users_learn_from_a_sample_once_each(start, jou
 def test_a_users_samples_are_as_old_as_their_own_policy_makes_them(start, journal):
     """Everyone's has gone on by three, Ann's has not: what she was answered is not old for hers."""
     buffer = start(scope="hierarchy")
-    answer([buffer.advance.remote([1, 0], "ann"), buffer.advance.remote([4, 3, 2, 0])])
+    answer([buffer.advance.remote([1], "ann"), buffer.advance.remote([4, 3, 2, 0])])
     answer(journal.append.remote(*of("ann", "abcd", "hierarchy")))
     batch = answer(buffer.take.remote(5, PATIENCE_S))
     assert (batch.scope, len(batch.samples)) == ("ann", 4)
     assert answer(buffer.stats.remote())["dropped"] == 4
+
+
+def test_everyones_policy_learns_from_what_users_own_said_just_now(start, journal):
+    """Ann's version 1 is her newest while everyone's has gone on to 7: what it says is as old as it is long ago."""
+    buffer = start(scope="hierarchy")
+    answer([buffer.advance.remote([1], "ann"), buffer.advance.remote([7, 6, 5, 4, 3, 2, 0])])
+    now, long_ago = time.time(), 4.0
+    fresh, stale = of("ann", "abcd", "hierarchy"), of("ann", "ABCD", "hierarchy")
+    answer(journal.append.remote(*(dataclasses.replace(each, newest_version=1, at=now) for each in fresh)))
+    answer(journal.append.remote(*(dataclasses.replace(each, newest_version=1, at=long_ago) for each in stale)))
+    found = {}
+    for step in (8, 9, 10):
+        batch = answer(buffer.take.remote(step, PATIENCE_S))
+        ids = tuple(each.id for each in batch.samples)
+        found.setdefault(batch.scope, []).append("".join(ids))
+        answer(journal.record_version.remote(WeightVersion(step, 0, "lora", None, ids, {}, 5.0, batch.scope), None))
+        answer(buffer.release.remote(step))
+    assert found == {"": ["abcd"], "ann": ["abcd", "ABCD"]}
+    assert answer(buffer.stats.remote())["dropped"] == 4
+
+
+def test_what_users_count_in_everyones(start, journal):
+    buffer = start(scope="hierarchy", user_weights={"ann": 3.0}, batch_size=2)
+    answer(journal.append.remote(*of("ann", "a", "hierarchy"), *of("ben", "b", "hierarchy")))
+    batch = answer(buffer.take.remote(1, PATIENCE_S))
+    assert [(each.user, each.weight) for each in batch.samples] == [("ann", 3.0), ("ben", 1.0)]
 
 
 def test_a_batch_of_everyones_has_no_more_of_a_user_than_their_quota(start, journal):

@@ -212,6 +212,26 @@ def test_the_policys_engine_judges_only_where_versions_are_adapters():
         load_config(None, ["lora.ranks=8"])
 
 
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["lora.policy_scope=mine"], r"lora\.policy_scope = \"mine\""),
+        (["lora.policy_scope=user", "trainer.checkpoint_every=4"], r"set trainer\.checkpoint_every=1"),
+        (["lora.in_memory=8"], r"in_memory=8 is less than in_batch=16"),
+        (["buffer.user_quota=4"], r"set min_batch too"),
+        (["buffer.user_weights.ann=0"], r"user_weights\.ann"),
+    ],
+)
+def test_policies_of_users_that_cannot_be(words, why):
+    with pytest.raises(ConfigError, match=why):
+        load_config(None, words)
+
+
+def test_environments_need_a_policy_of_everyones():
+    with pytest.raises(ConfigError, match=r"set lora\.policy_scope=hierarchy, or remove \[\[pools\]\]"):
+        load_config(CONFIGS / "toolcall.toml", ["lora.policy_scope=user"])
+
+
 def test_sessions_are_distilled_where_the_order_of_samples_does_not_matter():
     for words in ([], ["learning.method=rl"]):
         with pytest.raises(ConfigError, match=r"set learning\.method=opd, or hybrid with learning\.baseline=none"):

@@ -91,3 +91,22 @@ async def test_a_users_version_does_not_wait_for_a_place(engine, tmp_path):
     held = [await engine.add_adapter(number, folder(tmp_path, str(number)), patient=False) for number in (1, 2)]
     with engine._held(held[0]), engine._held(held[1]):
         assert (await asyncio.wait_for(engine.add_adapter(3, folder(tmp_path, "3"), patient=False), 5)).version == 3
+
+
+async def test_every_prompt_of_a_users_request_is_answered_by_their_own(engine, tmp_path, monkeypatch):
+    own = await engine.add_adapter(2, folder(tmp_path, "2"), patient=False)
+    engine.switch(own, "ann")
+    asked: list[Any] = []
+
+    async def generate(prompt: Any, params: Any, request_id: str, **options: Any):
+        asked.append((request_id, options.get("lora_request")))
+        yield SimpleNamespace(prompt_token_ids=None, outputs=[])
+
+    engine._llm.generate = generate
+    engine.record("cmpl-a-0", "ann")
+    for request in ("cmpl-a-0", "cmpl-a-1", "cmpl-b-0"):
+        async for _ in engine.generate({}, SimpleNamespace(logprobs=None, stop=None, extra_args=None), request):
+            pass
+    assert asked == [("cmpl-a-0", own.request), ("cmpl-a-1", own.request), ("cmpl-b-0", None)]
+    engine.forget("cmpl-a-0")
+    assert engine._askers == {}

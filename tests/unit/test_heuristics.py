@@ -20,7 +20,7 @@ def test_praise(said):
     assert vote(said) == 1
 
 
-@pytest.mark.parametrize("said", ["👎", "No.", "that's wrong", "Not what I meant"])
+@pytest.mark.parametrize("said", ["👎", "That's wrong.", "Wrong!", "No, that's not what I meant"])
 def test_complaint(said):
     assert vote(said) == -1
 
@@ -36,7 +36,13 @@ def test_the_same_asked_again():
     [
         "And if I eat one?",
         "Thanks, but that is not what I was asking for at all",
-        "great, no",
+        "👍 or 👎?",
+        "No",
+        "no worries",
+        "not bad",
+        "What is wrong here?",
+        "wrong?",
+        "Great Britain population?",
         "Knowledge of nothing",
         "",
         "I do not know whether that is wrong, can you explain the second step",

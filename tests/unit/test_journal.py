@@ -558,6 +558,12 @@ def test_authors_of_many_turns(store):
         assert waiting_for(store) == [("all", ("",))]
         assert store.counts()["for_both"] == 1
 
+    def test_a_users_version_never_learns_from_another(self, store):
+        store.append(sample("hers", policy_scope="user"), sample("his", user="ben", policy_scope="user"))
+        with pytest.raises(JournalError, match="would learn from another's samples"):
+            store.record_version(dataclasses.replace(version(1, "hers", "his"), scope="ann"), None)
+        assert store.versions() == []
+
     def test_what_is_held_out_of_one_user(self, store):
         for id, user in (("a", "ann"), ("b", "ben")):
             store.append(sample(id, user=user, held_out=True), judgement(id))

@@ -1,6 +1,7 @@
 """How a policy replica follows the versions: what is asked again, and what it is given up for."""
 
 import asyncio
+from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -79,7 +80,7 @@ def replica(monkeypatch: pytest.MonkeyPatch, store: Store, broken: str | None = 
     made.replica, made._store, made._engine = "one", store, Engine(broken)  # type: ignore[assignment]
     made._failure, made._adapters = None, None
     served: dict[str, int | None] = {GROUP: 0}
-    made._versions, made._canaries, made._taking_over = served, {}, asyncio.Lock()
+    made._versions, made._canaries, made._taking_over = served, {}, defaultdict(asyncio.Lock)
     return made
 
 
@@ -112,6 +113,7 @@ class Users:
         self.calls: list[Any] = []
         self.news: asyncio.Queue[Publication | Withdrawal] = asyncio.Queue()
         self.away = False
+        self.hangs: asyncio.Event | None = None
         self.switched: list[tuple[str, int | None]] = []
         self.policy = replica(monkeypatch, self)  # type: ignore[arg-type]
         self.policy._engine, self.policy._meeting, self.policy._reporting = self, {}, set()  # type: ignore[assignment]
@@ -123,7 +125,7 @@ class Users:
 
     async def _meet(self, replica: str, user: str) -> Publication | None:
         self.calls.append(("meet", user))
-        await asyncio.sleep(0.01)
+        await (asyncio.sleep(0.01) if self.hangs is None else self.hangs.wait())
         if self.away:
             raise JournalError("away")
         return Publication(4, 1, CANARY, {}, "ann") if user == "ann" else None
@@ -186,7 +188,19 @@ async def test_nobody_is_refused_while_the_store_is_away(monkeypatch):
 async def test_who_has_not_asked_for_long_is_forgotten(monkeypatch):
     monkeypatch.setattr(policy, "KEPT_USERS", 2)
     users = Users(monkeypatch)
-    for user in ("ann", "ben", "ann", "eve"):
+    for user in ("ann", "ben", "eve", "joe"):
         await users.policy._meet(user)
-    assert list(users.policy._versions) == [GROUP, "ann", "eve"]
-    assert users.switched == [("ann", 4), ("ben", None)]
+    assert list(users.policy._versions) == [GROUP, "ann", "joe"], "a crowd of names evicts nobody who has a version"
+    assert users.switched == [("ann", 4), ("ben", None), ("eve", None)]
+
+
+async def test_a_store_that_does_not_answer_holds_nobody_up(monkeypatch):
+    """The first request waits a little and gets everyone's; the user's own comes when it comes."""
+    monkeypatch.setattr(policy, "MEET_S", 0.02)
+    users = Users(monkeypatch)
+    users.hangs = asyncio.Event()
+    await asyncio.wait_for(users.policy._meet("ann"), 5)
+    assert users.switched == []
+    users.hangs.set()
+    await asyncio.wait_for(users.policy._meeting["ann"], 5)
+    assert users.switched == [("ann", 4)]

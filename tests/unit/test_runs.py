@@ -71,6 +71,15 @@ def test_a_run_keeps_the_model_it_began_with(tmp_path):
         open_run(config(tmp_path))
 
 
+def test_what_all_said_does_not_become_each_users_policy(tmp_path):
+    opened(tmp_path, lora={"rank": 8, "policy_scope": "group"})
+    opened(tmp_path, lora={"rank": 8, "policy_scope": "hierarchy"})
+    with pytest.raises(ConfigError, match=r"began with lora\.policy_scope=group: .*set run=new"):
+        open_run(config(tmp_path, lora={"rank": 8, "policy_scope": "user"}))
+    opened(tmp_path, run="new", lora={"rank": 8, "policy_scope": "user"})
+    opened(tmp_path, lora={"rank": 8, "policy_scope": "user"})
+
+
 def test_a_run_keeps_the_form_of_its_adapters(tmp_path):
     opened(tmp_path, lora={"rank": 8})
     opened(tmp_path, lora={"rank": 8, "in_batch": 9})

@@ -30,6 +30,8 @@ class Asked:
 
 
 def get(answer: Any) -> Any:
+    if isinstance(answer, list):
+        return [get(each) for each in answer]
     if isinstance(answer, Exception):
         raise answer
     return answer
@@ -84,7 +86,7 @@ def test_held_out_turns_are_asked_for_where_some_are_held_out(fits, gate, asks):
     worker: Any = rank._Rank.__new__(rank._Rank)
     worker._loop, worker._told = loop(Asked(), journal, **gate), {}
     worker._store = Asked(heads=[{"": 0}], latest=[Head(0, 1)])
-    worker._buffer = Asked(take=[Batch(1, ())])
+    worker._buffer = Asked(take=[Batch(1, ())], release=[None], advance=[None])
     order = worker._decide()
     assert (order.kind, list(order.held_out)) == ("train", [("sample", 1)] if asks else [])
     assert journal.asked == ["held_out"] * asks

@@ -218,7 +218,7 @@ async def test_a_users_policy_is_watched_by_what_it_says_to_them(monkeypatch):
     said = [*scores(rng, 0.8, 300), *scores(rng, -0.8, 100)]
     actors = Actors([1] * 300 + [2] * 100, [float(score) for score in said], set())
     actors.scopes = {2: "ann"}
-    watching = Watch(SETTINGS, Handle(actors), Handle(actors))
+    watching = Watch(SETTINGS, Handle(actors), Handle(actors), "hierarchy")
     await asyncio.wait_for(actors.done.wait(), 20)
     await watching.close()
     assert [(decision.version, decision.passed) for decision in actors.withdrawn] == [(2, False)]

@@ -85,7 +85,7 @@ def _installed(folders: pytest.TempPathFactory, packages: Sequence[str]) -> Npm:
     """`CLAWRL_NPM_PREFIX` names a folder in which what npm installs (1 GB with OpenClaw) is kept from run to run."""
     kept = os.environ.get("CLAWRL_NPM_PREFIX")
     found = Npm(Path(kept) if kept else folders.getbasetemp() / "npm")
-    found.prefix.mkdir(exist_ok=True)
+    found.prefix.mkdir(parents=True, exist_ok=True)
     if (reason := found.install(packages)) is not None:
         raise NotInstalled(reason)
     return found

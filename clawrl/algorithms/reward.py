@@ -14,8 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch.nn.functional import softplus
 
 MARGIN = 0.1
 """|P(approved) - 1/2| below which there is no verdict, where nothing else is said."""
@@ -35,6 +33,9 @@ def fit(features: np.ndarray, labels: np.ndarray, l2: float) -> Head:
 
     A feature that never varies gets no weight. Raises ValueError unless there are labels of both kinds and l2 > 0.
     """
+    import torch  # only here: a judge sets the environment of its engine before torch is loaded
+    from torch.nn.functional import softplus
+
     if l2 <= 0 or set(np.unique(labels)) != {-1, 1}:
         raise ValueError(f"l2={l2:g} must be above 0, and labels of both -1 and +1 are needed")
     raw = features.astype(np.float64)

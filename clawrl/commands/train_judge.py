@@ -55,11 +55,14 @@ def add(commands: Any) -> None:
     """Register the command."""
     about = "train a reward model from thumbs up and down, which then votes instead of the judge's prompts"
     parser = commands.add_parser("train-judge", help=about, description=about)
-    parser.add_argument("out", type=Path, metavar="FOLDER", help="made if need be, never overwritten; for judge.reward_model")
+    parser.add_argument(
+        "out", type=Path, metavar="FOLDER", help="made if need be, never overwritten; for judge.reward_model"
+    )
     parser.add_argument(
         "--model", default="clawrl:tiny", help="frozen base, with the policy's tokenizer (default: %(default)s)"
     )
     parser.add_argument("--device", default="cpu", help="where it reads replies, such as cuda (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU for it (default: %(default)s)")
     add_journal(parser)
     add_json(parser)
     parser.set_defaults(run=_train)
@@ -72,8 +75,11 @@ def _train(options: argparse.Namespace) -> int:
     with journal_of(options) as journal:
         labels = list(_labels(journal))
     fitted, held_out = parts(labels)
-    from clawrl.serving import reward_model  # torch and transformers load only when needed
+    import torch  # torch and transformers load only when needed
 
+    from clawrl.serving import reward_model
+
+    torch.set_num_threads(max(1, options.threads))
     about, head = _fitted(options.model, reward_model.Features(options.model, options.device), fitted, held_out)
     reward_model.write(folder, about, head)
     if options.json:

@@ -2,7 +2,8 @@
 
 Knows transformers, the folder that `clawrl train-judge` writes, and how exact token ids become features. Ignores the
 journal, votes and who asks. The features of a reply are the mean over its tokens of the base's last hidden states, in
-the type that the base's files have.
+the type that the base's files have. (On the built-in model that is as good as the last token's where the end of a reply
+tells, and better where its first word does: 0.89 of replies against 0.77, of 100 labels with a tenth of them wrong.)
 
     FOLDER/head.safetensors      weight f32[H], bias f32[1]
     FOLDER/reward_model.json     the base model, what the head was fitted to, how it did on what was held out
@@ -149,14 +150,14 @@ def require_reward_model(folder: str | None, base: str, policy: str) -> None:
     """Raises ConfigError if the folder holds no reward model of the judge's `base`, or `policy` has other tokens."""
     if folder is None:
         return
-    from transformers import AutoTokenizer
-
     try:
         read(folder, base)
     except ConfigError as error:
         raise ConfigError(f"judge.reward_model={error}") from None
     if _place(base) == _place(policy):
         return
+    from transformers import AutoTokenizer
+
     try:
         one, other = (AutoTokenizer.from_pretrained(model_path(model)).get_vocab() for model in (base, policy))
     except (OSError, ValueError) as error:

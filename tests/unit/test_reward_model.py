@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_endpoint import Elsewhere, elsewhere, made, outside, says  # noqa: F401  (elsewhere is a fixture)
 from test_journal import turn
 from transformers import AutoTokenizer
@@ -28,6 +29,12 @@ from clawrl.types import NOT_KEPT, Capture, Feedback, Turn, VersionSpan
 
 NICE, RUDE = 40, 900
 """Tokens of the tiny model that approved and refused replies are full of."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Two that wait for one another take a second for each reply where others use the cores."""
+    torch.set_num_threads(1)
 
 
 # -- the maths -------------------------------------------------------------------------------------------------------
@@ -313,6 +320,13 @@ def test_a_start_is_refused_without_a_reward_model_or_with_one_of_another_base(t
     (broken / "head.safetensors").write_bytes(b"x")
     with pytest.raises(ConfigError, match="holds no reward model"):
         require_reward_model(str(broken), "clawrl:tiny", "clawrl:tiny")
+
+
+def test_the_whole_check_before_a_start_looks_at_it(tmp_path):
+    from clawrl.main import check
+
+    with pytest.raises(ConfigError, match=rf"judge\.reward_model='{tmp_path}' holds no reward model"):
+        check(load_config(None, [f"judge.reward_model={tmp_path}"]))
 
 
 def test_the_config_names_a_folder_that_is_found_from_anywhere(monkeypatch, tmp_path):

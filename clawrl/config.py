@@ -198,6 +198,10 @@ class LoraSection(Section):
         return self
 
 
+def _whole_path(path: str) -> str:
+    return str(Path(path).expanduser().resolve())
+
+
 class JudgeSection(EngineSection, EndpointSection):
     """With a url its questions are asked there; then its own engine, if needed at all, only scores tokens."""
 
@@ -208,6 +212,11 @@ class JudgeSection(EngineSection, EndpointSection):
     votes: int = Field(default=3, ge=1, le=16)
     temperature: float = Field(default=0.6, ge=0, le=2)
     max_verdict_tokens: int = Field(default=128, ge=8)
+    reward_model: Annotated[str, AfterValidator(_whole_path)] | None = Field(
+        default=None,
+        description="Folder of `clawrl train-judge`, whose verdict is then the vote on a reply; "
+        "hints, and votes on steps of environments, are asked for as ever.",
+    )
     timeout_s: float = Field(default=60.0, gt=0, description="A later judgement abstains.")
     concurrency: int = Field(default=16, ge=1, description="Turns judged side by side.")
     feedback_wait_s: float = Field(
@@ -494,6 +503,11 @@ class Config(Section):
     def policy_scope(self) -> PolicyScope:
         """Whose policies are trained."""
         return "group" if self.lora is None else self.lora.policy_scope
+
+    @property
+    def judge_model(self) -> str:
+        """Whose weights the judge's engine holds."""
+        return self.judge.model if self.judge.engine == "own" else self.policy.model
 
     @property
     def initial_weights_score(self) -> bool:

@@ -40,6 +40,7 @@ from clawrl.serving.endpoint import key_of
 from clawrl.serving.keys import FILE, KeyRing, require_keys_beyond_loopback
 from clawrl.serving.local import is_loopback
 from clawrl.serving.redaction import Redactor
+from clawrl.serving.reward_model import require_reward_model
 from clawrl.serving.teacher import OutsideTeacher, require_teacher
 from clawrl.training.adapter import require_targets
 from clawrl.training.buffer import ReplayBuffer
@@ -247,6 +248,7 @@ def check(config: Config) -> None:
         require_targets(config.lora, config.policy.model)
     for section in (config.judge, config.teacher):
         key_of(section)
+    require_reward_model(config.judge.reward_model, config.judge_model, config.policy.model)
     Redactor(config.privacy)
     load_method(config.learning)
     for pool in config.pools:

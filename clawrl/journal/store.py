@@ -367,6 +367,28 @@ class JournalReader:
         )
         return [(JUDGEMENTS.decode(row), FEEDBACK.decode(row)) for row in self._rows(query)]
 
+    def scored_turns(self, after: int, limit: int) -> list[tuple[int, Turn, int]]:
+        """Turns whose latest explicit score is -1 or +1, with it, in the order of the turns' seq beyond `after`.
+
+        Judged or not, of any kind; none withdrawn. Feedback in words alone leaves the score as it was.
+        """
+        latest = FEEDBACK.table.alias()
+        newest = (
+            select(func.max(latest.c.seq))
+            .where(latest.c.turn == TURNS.c.id, latest.c.score.is_not(None))
+            .correlate(TURNS.table)
+            .scalar_subquery()
+        )
+        query = (
+            select(TURNS.table, FEEDBACK.c.score)
+            .join(FEEDBACK.table, FEEDBACK.c.turn == TURNS.c.id)
+            .outerjoin(WITHDRAWN, WITHDRAWN.c.turn == TURNS.c.id)
+            .where(TURNS.c.seq > after, FEEDBACK.c.score != 0, FEEDBACK.c.seq == newest, WITHDRAWN.c.turn.is_(None))
+            .order_by(TURNS.c.seq)
+            .limit(limit)
+        )
+        return [(row[TURNS.c.seq], TURNS.decode(row), row[FEEDBACK.c.score]) for row in self._rows(query)]
+
     def unanswered_feedback(self, after: int, before: float, limit: int) -> tuple[int, list[str]]:
         """Main turns that nothing followed, of which something was said before `before` (seconds since the epoch).
 

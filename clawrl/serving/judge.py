@@ -4,6 +4,7 @@ Knows the engine and the questions of `judging`. Ignores the journal, baselines 
 a `Judgement` comes back. It holds the initial weights for good, so it is also the frozen teacher and the reference.
 It has an engine of its own (`Judge`), or the policy's, whose versions are adapters (`PolicyAndJudge`). With `judge.url`
 another model answers the questions, beside such an engine, or alone where no token is scored (`OutsideJudge`).
+With `judge.reward_model` a model trained on thumbs votes on replies in the place of those questions' answers.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from clawrl.config import JudgeSection, PolicySection
@@ -22,6 +24,7 @@ from clawrl.serving import judging
 from clawrl.serving.endpoint import Endpoint, RefusedError
 from clawrl.serving.engine import Engine, Scorer, start_engine
 from clawrl.serving.policy import Adapters, Policy
+from clawrl.serving.reward_model import RewardModel
 from clawrl.types import Judgement, Message, NextState, Turn
 
 log = logging.getLogger(__name__)
@@ -30,11 +33,14 @@ INITIAL = 0
 """The version that judges."""
 SHORTEST_VERDICT = 8  # tokens; a question that leaves less room cannot be answered
 
+Votes = tuple[int | None, ...]
+
 
 class Judging:
     """The questions, whoever answers them."""
 
     _engine: Engine
+    _reward: RewardModel | None = None
 
     def _judge_with(self, settings: JudgeSection, hints: bool) -> None:
         """`hints` false asks for votes only (a method that distils nothing needs no hints)."""
@@ -43,21 +49,30 @@ class Judging:
         self._prompts = judging.load_prompts(settings.prompts)
         self._outside = None if settings.url is None else Endpoint(settings, settings.timeout_s)
 
+    def _load_reward_model(self, base: str, gpus: float) -> None:
+        """The one of judge.reward_model, if there is one: on the replica's GPU if it has one."""
+        if self._judging.reward_model is not None:
+            self._reward = RewardModel.load(self._judging.reward_model, base, "cuda" if gpus else "cpu")
+            self._reading = ThreadPoolExecutor(1, "reward-model")  # one reply at a time, beside the loop
+
     async def judge(self, turn: Turn, next_state: NextState) -> Judgement:
-        """Votes and hints for one turn, m of each, asked side by side.
+        """Votes and hints for one turn, m of each, asked side by side; by a reward model there is one vote.
 
         Raises JudgeError when the engine fails, or the model elsewhere is not reached. An answer that cannot be read is
         a vote of None; a question that does not fit into the context, or is refused, abstains.
         """
         evidence = (self._prompts, turn.messages, turn.reply, next_state)
-        questions = [judging.evaluative(*evidence)]
-        if self._hints:
-            questions.append(judging.directive(*evidence))
-        return await self._answered(turn, questions)
+        votes = self._votes(judging.evaluative(*evidence)) if self._reward is None else self._reward_vote(turn)
+        return await self._judgement(turn, votes, judging.directive(*evidence) if self._hints else None)
 
     async def judge_step(self, turn: Turn, next_state: NextState) -> Judgement:
-        """Votes on one step of an episode, in the light of its task and history; otherwise as `judge`."""
-        return await self._answered(turn, [judging.step(self._prompts, turn.messages, turn.reply, next_state)])
+        """Votes on one step of an episode, in the light of its task and history, whoever votes on replies."""
+        question = judging.step(self._prompts, turn.messages, turn.reply, next_state)
+        return await self._judgement(turn, self._votes(question), None)
+
+    def _voting(self) -> dict[str, str]:
+        """For the status: who votes, if not who is asked."""
+        return {} if self._judging.reward_model is None else {"reward_model": self._judging.reward_model}
 
     async def lesson(
         self, exchanges: Sequence[tuple[Turn, NextState | None]], hints: tuple[tuple[str, ...], ...]
@@ -72,22 +87,33 @@ class Judging:
             [answer] = await self._ask(judging.lesson(self._prompts, exchanges), votes=1)
         return judging.parse_list(answer)
 
-    async def _answered(self, turn: Turn, questions: list[list[Message]]) -> Judgement:
-        """The judgement by the answers to a question for votes and, if there are two, one for hints."""
+    async def _judgement(self, turn: Turn, votes: Awaitable[Votes], directive: list[Message] | None) -> Judgement:
+        """The judgement by votes that are on their way, and by the answers to a question for hints, if it is asked."""
         started = time.perf_counter()
         try:
             with boundary(JudgeError, f"judging turn {turn.id}"):
-                votes = self._judging.votes
-                answers = await asyncio.gather(*(self._ask(question, votes) for question in questions))
+                cast, hints = await asyncio.gather(votes, self._found_hints(directive))
         except RefusedError as refusal:
             seconds = time.perf_counter() - started
             return Judgement(turn.id, (), None, (), INITIAL, seconds, str(refusal), time.time())
-        cast = tuple(judging.parse_vote(text) for text in answers[0])
-        hints = judging.dedupe_hints(judging.parse_hint(text) for texts in answers[1:] for text in texts)
         seconds = time.perf_counter() - started
         metric("judge/latency_s").observe(seconds)
         score = judging.plurality(cast)
         return Judgement(turn.id, cast, score, hints, INITIAL, seconds, None, time.time())
+
+    async def _votes(self, question: list[Message]) -> Votes:
+        return tuple(judging.parse_vote(text) for text in await self._ask(question, self._judging.votes))
+
+    async def _reward_vote(self, turn: Turn) -> Votes:
+        """The reward model's verdict on the reply's exact tokens."""
+        assert self._reward is not None
+        ids = turn.capture.prompt_ids, turn.capture.completion_ids
+        return (await asyncio.get_running_loop().run_in_executor(self._reading, self._reward.verdict, *ids),)
+
+    async def _found_hints(self, directive: list[Message] | None) -> tuple[str, ...]:
+        if directive is None:
+            return ()
+        return judging.dedupe_hints(map(judging.parse_hint, await self._ask(directive, self._judging.votes)))
 
     async def _ask(self, question: list[Message], votes: int) -> list[str]:
         """So many sampled answers to one question. Raises RefusedError for a question that cannot be answered."""
@@ -139,10 +165,11 @@ class Judge(Judging, Scorer):
     async def __init__(self, settings: JudgeSection, hints: bool) -> None:
         self._judge_with(settings, hints)
         await self._adopt(await start_engine(settings))
+        self._load_reward_model(settings.model, settings.gpus_per_replica)
 
     async def status(self) -> dict[str, Any]:
         asked = {} if self._outside is None else {"asked": self._outside.url}
-        return {"model": self._judging.model, **asked, "streams": self._engine.streams}
+        return {"model": self._judging.model, **asked, **self._voting(), "streams": self._engine.streams}
 
 
 class PolicyAndJudge(Judging, Policy):
@@ -153,6 +180,7 @@ class PolicyAndJudge(Judging, Policy):
     ) -> None:
         self._judge_with(judging, hints)
         await Policy.__init__(self, settings, store, adapters)
+        self._load_reward_model(settings.model, settings.gpus_per_replica)
 
 
 class OutsideJudge(Judging):
@@ -160,6 +188,7 @@ class OutsideJudge(Judging):
 
     async def __init__(self, settings: JudgeSection, hints: bool) -> None:
         self._judge_with(settings, hints)
+        self._load_reward_model(settings.model, gpus=0)
 
     async def status(self) -> dict[str, Any]:
-        return {"model": self._judging.served_name, "asked": self._judging.url}
+        return {"model": self._judging.served_name, "asked": self._judging.url, **self._voting()}

@@ -128,6 +128,19 @@ def test_a_withdrawn_turn_takes_no_feedback(store):
     assert store.feedback("t") == []
 
 
+def test_turns_are_found_by_their_latest_explicit_score(store):
+    store.append(*(turn(id) for id in "abcdef"), turn("s", kind="side"), turn("w", user="bob"), judgement("a"))
+    scores = (("b", 1), ("a", 1), ("a", -1), ("c", 1), ("c", 0), ("d", 0), ("s", -1), ("w", 1), ("gone", 1))
+    store.append(*(replace(THUMB, id=f"{id} {score}", turn=id, score=score) for id, score in scores))
+    store.append(*(replace(THUMB, id=f"{id} words", turn=id, score=None, text="too long") for id in "be"))
+    store.consent(Consent("bob", None, False, 20.0))
+    found = store.scored_turns(0, 10)
+    assert [(each.id, score) for _, each, score in found] == [("a", -1), ("b", 1), ("s", -1)]
+    assert [each.id for _, each, _ in store.scored_turns(0, 2)] == ["a", "b"]
+    assert [each.id for _, each, _ in store.scored_turns(found[1][0], 10)] == ["s"]
+    assert found[0][1].capture.completion_ids.tolist() == [7, 9]
+
+
 def test_turns_that_nothing_followed_are_found_once_their_time_has_come(store):
     for id in ("t", "u", "v"):
         store.append(turn(id))

@@ -212,6 +212,11 @@ class JudgeSection(EngineSection, EndpointSection):
     votes: int = Field(default=3, ge=1, le=16)
     temperature: float = Field(default=0.6, ge=0, le=2)
     max_verdict_tokens: int = Field(default=128, ge=8)
+    heuristics: str | None = Field(
+        default=None,
+        description="`default`, or package.module:function from a turn and what followed it to -1, 0, 1 or None, which "
+        "is the vote; where it is None, the reward model or the judge is asked.",
+    )
     reward_model: Annotated[str, AfterValidator(_whole_path)] | None = Field(
         default=None,
         description="Folder of `clawrl train-judge`, whose verdict is then the vote on a reply; "
@@ -627,6 +632,14 @@ def load_function(key: str, path: str) -> Callable[..., Any]:
     if not callable(function):
         raise ConfigError(f"{key}={path!r} is no function but a {type(function).__name__}; name a function")
     return function
+
+
+def load_heuristics(judge: JudgeSection) -> Callable[..., int | None] | None:
+    """What `judge.heuristics` names. Raises ConfigError if it cannot be had."""
+    if judge.heuristics is None:
+        return None
+    own = "clawrl.algorithms.heuristics:read_off"
+    return load_function("judge.heuristics", own if judge.heuristics == "default" else judge.heuristics)
 
 
 def _apply_override(tree: dict[str, Any], word: str) -> None:

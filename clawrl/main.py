@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from clawrl import observe
 from clawrl.algorithms.methods import load_method
-from clawrl.config import Config, model_path
+from clawrl.config import Config, load_heuristics, model_path
 from clawrl.errors import ConfigError, JournalError
 from clawrl.journal.actor import Journal
 from clawrl.journal.store import JournalStore
@@ -251,6 +251,7 @@ def check(config: Config) -> None:
     require_reward_model(config.judge.reward_model, config.judge_model, config.policy.model)
     Redactor(config.privacy)
     load_method(config.learning)
+    load_heuristics(config.judge)
     for pool in config.pools:
         make_env(pool).close()
         agent_of(pool)

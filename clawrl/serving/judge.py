@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from clawrl.config import JudgeSection, PolicySection
+from clawrl.config import JudgeSection, PolicySection, load_heuristics
 from clawrl.errors import JudgeError, boundary
 from clawrl.observe import metric
 from clawrl.serving import judging
@@ -48,6 +48,7 @@ class Judging:
         self._hints = hints
         self._prompts = judging.load_prompts(settings.prompts)
         self._outside = None if settings.url is None else Endpoint(settings, settings.timeout_s)
+        self._heuristics = load_heuristics(settings)
 
     def _load_reward_model(self, base: str, gpus: float) -> None:
         """The one of judge.reward_model, if there is one: on the replica's GPU if it has one."""
@@ -56,14 +57,27 @@ class Judging:
             self._reading = ThreadPoolExecutor(1, "reward-model")  # one reply at a time, beside the loop
 
     async def judge(self, turn: Turn, next_state: NextState) -> Judgement:
-        """Votes and hints for one turn, m of each, asked side by side; by a reward model there is one vote.
+        """Votes and hints for one turn, m of each, asked side by side; by heuristics or a reward model one vote.
 
         Raises JudgeError when the engine fails, or the model elsewhere is not reached. An answer that cannot be read is
         a vote of None; a question that does not fit into the context, or is refused, abstains.
         """
         evidence = (self._prompts, turn.messages, turn.reply, next_state)
-        votes = self._votes(judging.evaluative(*evidence)) if self._reward is None else self._reward_vote(turn)
+        if (said := self._read_off(turn, next_state)) is not None:
+            votes = _one(said)
+        else:
+            votes = self._votes(judging.evaluative(*evidence)) if self._reward is None else self._reward_vote(turn)
         return await self._judgement(turn, votes, judging.directive(*evidence) if self._hints else None)
+
+    def _read_off(self, turn: Turn, next_state: NextState) -> int | None:
+        """What the heuristics say, if there are any. Raises JudgeError for one that breaks, or says something else."""
+        if self._heuristics is None:
+            return None
+        with boundary(JudgeError, f"judge.heuristics={self._judging.heuristics!r} on turn {turn.id}"):
+            said = self._heuristics(turn, next_state)
+        if said not in (-1, 0, 1, None):
+            raise JudgeError(f"judge.heuristics={self._judging.heuristics!r} says {said!r}, not -1, 0, 1 or None")
+        return said
 
     async def judge_step(self, turn: Turn, next_state: NextState) -> Judgement:
         """Votes on one step of an episode, in the light of its task and history, whoever votes on replies."""
@@ -157,6 +171,10 @@ class Judging:
         async for output in self._engine.generate_initial(prompt, params, f"judge-{uuid.uuid4().hex}"):
             texts.update((completion.index, completion.text) for completion in output.outputs)
         return [texts[index] for index in sorted(texts)]
+
+
+async def _one(vote: int) -> Votes:
+    return (vote,)
 
 
 class Judge(Judging, Scorer):

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from clawrl.config import EndpointSection, JudgeSection, load_config
+from clawrl.config import EndpointSection, JudgeSection, load_config, load_heuristics
 from clawrl.errors import ConfigError, JudgeError
 from clawrl.serving import endpoint
 from clawrl.serving.endpoint import Endpoint, RefusedError, key_of
@@ -181,6 +181,24 @@ async def test_the_same_questions_are_asked_elsewhere_and_read_alike(elsewhere):
     assert "How many pens?" in body["messages"][1]["content"]
     step = await (await made(outside(elsewhere))).judge_step(turn, next_state(turn, "Shorter!"))
     assert (step.score, step.hints) == (-1, ())
+
+
+async def test_what_can_be_read_off_is_not_asked(elsewhere):
+    turn = ScriptedPolicy().turn([{"role": "user", "content": "How many pens?"}])
+    elsewhere.answers = [(200, {}, lambda body: says("Fine. \\boxed{1}"))]
+    judge = await made(outside(elsewhere, heuristics="default"))
+    judgement = await judge.judge(turn, next_state(turn, "That's wrong!"))
+    assert (judgement.votes, judgement.score) == ((-1,), -1)
+    assert all("HINT" in body["messages"][1]["content"] for _, _, body in elsewhere.asked), "for hints alone"
+    assert (await judge.judge(turn, next_state(turn, "And how many ink pots?"))).votes == (1, 1, 1)
+    broken = await made(outside(elsewhere, heuristics="builtins:id"))
+    with pytest.raises(JudgeError, match=r"judge\.heuristics='builtins:id'"):
+        await broken.judge(turn, next_state(turn, "Shorter!"))
+
+
+def test_heuristics_that_are_not_there_are_refused_at_the_start():
+    with pytest.raises(ConfigError, match=r"judge\.heuristics='nowhere:rule' cannot be imported"):
+        load_heuristics(JudgeSection(heuristics="nowhere:rule"))
 
 
 async def test_a_judge_that_is_refused_abstains_and_one_that_is_late_raises(elsewhere):

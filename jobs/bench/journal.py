@@ -152,7 +152,9 @@ def _fill(store: JournalStore, turns: int) -> float:
             number = low + 1
             version = WeightVersion(number, None, "full", None, tuple(ids), {}, 0.0)
             connection.execute(insert(RECORD_TABLES[WeightVersion].table), RECORD_TABLES[WeightVersion].encode(version))
-            connection.execute(insert(CONSUMPTIONS), [{"sample": id, "version": number} for id in ids])
+            connection.execute(
+                insert(CONSUMPTIONS), [{"sample": id, "personal": False, "version": number} for id in ids]
+            )
     if store.database.writer.dialect.name == "postgresql":  # what the server would do by itself, in time
         with store.database.writer.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             connection.exec_driver_sql("VACUUM ANALYZE")

@@ -116,7 +116,7 @@ def test_a_version_consumes_its_samples_once(journal):
     answer(journal.record_version.remote(first, event))
     with pytest.raises(JournalError, match="learn again from sample a"):
         answer(journal.record_version.remote(again, None))
-    [(_, left)] = answer(journal.samples_to_train.remote(0, 10, 0))
+    [(_, left, _)] = answer(journal.samples_to_train.remote(0, 10, 0))
     assert left.id == "b"
     assert answer(journal.version_events.remote()) == [event]
 

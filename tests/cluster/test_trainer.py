@@ -362,7 +362,7 @@ def gap(learner: Learner, run: Run, number: int) -> float:
 
 
 def test_only_the_last_checkpoints_of_the_line_stay(run):
-    assert {path.name for path in (run.folder / "trainer").iterdir()} == {"7-from-4"}
+    assert {path.name for path in (run.folder / "trainer" / "group").iterdir()} == {"7-from-4"}
 
 
 def test_checkpoints_are_quick(run):
@@ -387,6 +387,13 @@ def test_a_checkpoint_restores_moments_and_master_weights(alone, tmp_path, dtype
     assert all(torch.equal(whole(ours[key]), whole(theirs[key])) for key in ours)
 
 
+def test_states_of_before_users_had_policies_are_everyones(alone, tmp_path):
+    (tmp_path / "3-from-2").mkdir()
+    (tmp_path / "3-from-2" / ".metadata").touch()
+    assert TrainerCheckpoints(tmp_path, every=1).has((3, 2, 0))
+    assert [path.name for path in tmp_path.iterdir()] == ["group"]
+
+
 def whole(tensor: Any) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
@@ -400,11 +407,11 @@ def test_a_damaged_or_missing_checkpoint_is_said_and_survived(learner, tmp_path,
     checkpoints.save((2, 1, 0), learner.state())
     assert checkpoints.has((2, 1, 0))
     assert not checkpoints.has((2, 0))  # the same number from another parent
-    shards = next((tmp_path / "2-from-1").glob("*.distcp"))
+    shards = next((tmp_path / "group" / "2-from-1").glob("*.distcp"))
     os.truncate(shards, shards.stat().st_size // 2)
     assert not checkpoints.load((2, 1, 0), learner.state())
     assert "event=moments_anew version=2" in caplog.text
-    (tmp_path / "2-from-1" / ".metadata").write_bytes(b"torn")
+    (tmp_path / "group" / "2-from-1" / ".metadata").write_bytes(b"torn")
     assert not checkpoints.load((2, 1, 0), learner.state())
     blocked = TrainerCheckpoints(tmp_path / "file" / "below", every=1)
     (tmp_path / "file").write_text("")

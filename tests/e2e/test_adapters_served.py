@@ -24,7 +24,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "cpu_lora.toml"
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    words = ("trainer.learning_rate=3e-3", "lora.policy_scope=hierarchy")
+    words = ("trainer.learning_rate=3e-3", "lora.policy_scope=hierarchy", "buffer.batch_size=16")
     server = start_server(tmp_path_factory.mktemp("adapted"), "--config", str(CONFIG), *words)
     yield server
     if server.process.poll() is None:
@@ -54,7 +54,7 @@ def test_adapters_learn_and_no_request_changes_its_weights_midway(adapted: Serve
     asking = threading.Thread(target=ask)
     asking.start()
     try:
-        conversations = asyncio.run(converse(adapted, 60, 12, seed=3))
+        conversations = asyncio.run(converse(adapted, 40, 12, seed=3))
         adapted.wait_for("versions", lambda: adapted.status()["journal"]["versions"] >= 3)
     finally:
         done.set()

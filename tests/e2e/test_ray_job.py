@@ -96,7 +96,7 @@ def test_pools_of_environments_train_as_a_ray_job(head: Head, tmp_path: Path):
     port = free_port()
     submitted = _when_the_agent_is_up(
         head, "job", "submit", "--no-wait", "--working-dir", ".", "--",
-        sys.executable, "-m", "jobs.train", "--config", "configs/toolcall.toml", "--versions", "2", "--tasks", "4",
+        sys.executable, "-m", "jobs.train", "--config", "configs/toolcall.toml", "--versions", "1", "--tasks", "4",
         f"gateway.port={port}", f"run_root={tmp_path}", "buffer.batch_size=16",
     )  # fmt: skip
     job = re.findall(r"raysubmit_\w+", submitted)[0]
@@ -118,8 +118,8 @@ def test_pools_of_environments_train_as_a_ray_job(head: Head, tmp_path: Path):
         assert time.monotonic() < deadline, head.ray("job", "logs", job)[-4000:]
         time.sleep(2)
     report = json.loads((tmp_path / "latest" / "report.json").read_text())
-    assert report["versions"] >= 2
-    assert report["samples"] >= 32
+    assert report["versions"] >= 1
+    assert report["samples"] >= 16
     (pool,) = report["pools"]
     assert (pool["before"]["attempts"], pool["before"]["failed"]) == (4, 0)
     assert (tmp_path / "latest" / "learning_curve.png").stat().st_size > 1000

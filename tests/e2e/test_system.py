@@ -313,7 +313,7 @@ def test_hybrid_learns_while_it_serves(server: Server):
     rng = random.Random(5)
     problems = [make_problem(rng, "heldout") for _ in range(100)]
     before = asyncio.run(evaluate(server.async_client(), "clawrl", "student", problems))
-    conversations = asyncio.run(converse(server, 220, 12, seed=3))
+    conversations = asyncio.run(converse(server, 200, 12, seed=3))
     server.wait_for("versions", lambda: server.status()["journal"]["versions"] >= 8, timeout_s=180)
     server.wait_for("a quiet trainer", lambda: server.status()["buffer"]["size"] < 32, timeout_s=60)
     time.sleep(3)

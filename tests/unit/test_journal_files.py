@@ -79,7 +79,11 @@ class TestSqlite:
             ),
             (
                 "samples_to_train(0, 8)",
-                ["SEARCH untrained USING INTEGER PRIMARY KEY", "SEARCH samples USING INTEGER PRIMARY KEY"],
+                [
+                    "SEARCH untrained USING INTEGER PRIMARY KEY",
+                    "SEARCH samples USING INTEGER PRIMARY KEY",
+                    "SEARCH consumptions USING COVERING INDEX sqlite_autoindex_consumptions_1",
+                ],
             ),
         ],
     )

@@ -71,12 +71,20 @@ def _verdict(votes: Sequence[int | None]) -> tuple[int | None, float]:
 
 def _table(found: Calibration) -> Table:
     table = Table(box=None, show_header=False)
-    few = "  (few: say so where you report it)" if min(found.approved, found.refused) < FEW else ""
-    table.add_row("labels", f"{found.approved} thumbs up, {found.refused} down{few}")
-    for name, value, meaning in (
+    add_figures(
+        table,
+        ("labels", found.approved, found.refused),
         ("coverage", found.coverage, "of them the judge takes a side"),
         ("accuracy", found.accuracy, "of those it takes the people's side"),
         ("calibration error", found.ece, "mean gap between its share of votes and its accuracy"),
-    ):
-        table.add_row(name, "none" if value is None else f"{value:.3f}", f"[dim]{meaning}[/dim]")
+    )
     return table
+
+
+def add_figures(table: Table, labels: tuple[str, int, int], *figures: tuple[str, float | None, str]) -> None:
+    """Rows on labels (what they are, thumbs up, down) and on what was measured by them (name, value, meaning)."""
+    name, approved, refused = labels
+    few = "  (few: say so where you report it)" if min(approved, refused) < FEW else ""
+    table.add_row(name, f"{approved} thumbs up, {refused} down{few}")
+    for name, value, meaning in figures:
+        table.add_row(name, "none" if value is None else f"{value:.3f}", f"[dim]{meaning}[/dim]")

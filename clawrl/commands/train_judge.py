@@ -26,6 +26,7 @@ from rich.table import Table
 
 from clawrl.algorithms.calibration import Verdict, calibrate
 from clawrl.commands.client import add_journal, add_json, journal_of
+from clawrl.commands.judge import add_figures
 from clawrl.errors import ClawrlError
 
 if TYPE_CHECKING:
@@ -188,15 +189,14 @@ def _table(about: About) -> Table:
     found = about.held_out
     table = Table(box=None, show_header=False)
     table.add_row("fitted to", f"{about.approved} thumbs up, {about.refused} down")
-    few = "  (few: say so where you report it)" if min(found.approved, found.refused) < FEWEST else ""
-    table.add_row("held out", f"{found.approved} thumbs up, {found.refused} down{few}")
-    for name, value, meaning in (
+    add_figures(
+        table,
+        ("held out", found.approved, found.refused),
         ("coverage", found.coverage, "of those held out it takes a side"),
         ("accuracy", found.accuracy, "of these it takes the people's side"),
         ("accuracy of all", found.accuracy_of_all, "the same, if it never abstained"),
         ("majority", found.majority, "that of always guessing the more frequent label"),
         ("calibration error", found.ece, "mean gap between its probability and its accuracy"),
         ("AUC", found.auc, "how often an approved reply stands above a refused one"),
-    ):
-        table.add_row(name, "none" if value is None else f"{value:.3f}", f"[dim]{meaning}[/dim]")
+    )
     return table

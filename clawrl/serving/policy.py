@@ -111,8 +111,7 @@ class Policy(Scorer):
 
     async def score_messages(self, *given: Any, user: str = GROUP, **named: Any) -> Scores:
         """As every engine's, by the user's own policy where users have any."""
-        if self._personal and user != GROUP:
-            await self._meet(user)
+        await self._meet(user)
         return await super().score_messages(*given, user=user, **named)
 
     async def _serve(
@@ -129,8 +128,7 @@ class Policy(Scorer):
         except VLLMClientError as error:
             yield _refused(error)
             return
-        if self._personal and user != GROUP:
-            await self._meet(user)
+        await self._meet(user)
         captured = layer.captured.format(request_id)
         recorder = self._engine.record(captured, user)
         try:
@@ -193,7 +191,9 @@ class Policy(Scorer):
                 await self._report(swap)
 
     async def _meet(self, user: str) -> None:
-        """A user asks: their own version, if there is one, is served from their first request on."""
+        """A user asks: where users have versions of their own, theirs is served from their first request on."""
+        if not self._personal or user == GROUP:
+            return
         if user in self._versions:
             self._versions[user] = self._versions.pop(user)  # the last to be forgotten
         elif user not in self._meeting:

@@ -197,9 +197,8 @@ class ReplayBuffer:
             if offline:
                 self._replayed += offline
                 metric("buffer/replayed_num").inc(offline)
-            left = [sample for sample in queue.waiting if sample.id not in taken]
             queue.offline = queue.offline[:kept]
-            queue.waiting = left
+            queue.waiting = [sample for sample in queue.waiting if sample.id not in taken]
             self._sort(scope)
             queue.since = now
         return self._leases[step]

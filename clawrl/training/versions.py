@@ -17,7 +17,7 @@ States follow one another within a scope. A user without a version of their own 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -192,7 +192,7 @@ class Registry:
             raise WeightSyncError(
                 "version 0 is the model as configured and cannot be rejected; configure another model"
             )
-        events = self._reject_line(number, reason, f"trained from rejected {number}", at)
+        events = self._reject_lines({number}, reason, f"trained from rejected {number}", at)
         for scope in sorted({self._scopes[event.version] for event in events}):
             left = self._newest(scope, "retired")
             if left is not None and self.own(scope) is None:
@@ -230,22 +230,20 @@ class Registry:
             )
         reason = reason or f"rolled back to {number} by user"
         own = self._scopes[number] == scope
-        events: list[VersionEvent] = []
-        for each in self._numbers.get(scope, ()):
-            if each > number or not own:
-                events += self._reject_line(each, reason, reason, at)
+        newer = {each for each in self._numbers.get(scope, ()) if each > number or not own}
+        events = self._reject_lines(newer, reason, reason, at)
         if own and state != "serving":
             events.append(self._enter(number, "serving", reason, at))
         return events
 
-    def _reject_line(self, number: int, reason: str, others: str, at: float) -> list[VersionEvent]:
-        """Reject a version and, for the reason `others`, all that was trained from it, where that is not so already."""
-        line = {number}
+    def _reject_lines(self, numbers: Set[int], reason: str, others: str, at: float) -> list[VersionEvent]:
+        """Reject versions and, for the reason `others`, all that was trained from them, where it is not so already."""
+        line = set(numbers)
         for each in sorted(self._parents):  # parents have lower numbers
             if self._parents[each] in line:
                 line.add(each)
         return [
-            self._enter(each, "rejected", reason if each == number else others, at)
+            self._enter(each, "rejected", reason if each in numbers else others, at)
             for each in sorted(line)
             if self._states[each] != "rejected"
         ]

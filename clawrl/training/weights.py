@@ -255,8 +255,6 @@ class WeightStore:
         """A replica was asked for by a user: their own version, if there is one, and from now on every newer one."""
         registry = await self._known()
         self._replicas.setdefault(replica, _Replica({})).versions.setdefault(user, None)
-        if registry.own(user) is None:
-            return None
         found = await self._publication(registry, user)
         return found if isinstance(found, Publication) else None
 

@@ -46,6 +46,17 @@ async def side_by_side(
     return [each for answers in await asyncio.gather(*map(in_turn, asked)) for each in answers]
 
 
+async def reply(
+    http: aiohttp.ClientSession, url: str, messages: Conversation, headers: dict[str, str] | None = None, **more: Any
+) -> tuple[str, str]:
+    """(id, text) of one reply. Raises aiohttp.ClientError for one that fails; `more` is what else the request says."""
+    body = {"model": "clawrl", "messages": list(messages), **more}
+    async with http.post(f"{url}/chat/completions", json=body, headers=headers) as response:
+        response.raise_for_status()
+        answer = await response.json()
+    return answer["id"], answer["choices"][0]["message"]["content"] or ""
+
+
 async def stream(http: aiohttp.ClientSession, url: str, messages: Conversation, num_tokens: int, **more: Any) -> Stream:
     """One streamed reply of exactly `num_tokens` tokens; a failure is told in `Stream.error`, not raised.
 

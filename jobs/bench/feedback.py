@@ -13,8 +13,6 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import aiohttp
-
 from clawrl.config import Config
 from clawrl.errors import ClawrlError
 from clawrl.journal.store import JournalReader
@@ -24,6 +22,7 @@ from jobs.bench.figures import Figure, percentile
 
 CORRECTION = "That is too formal for me. Please say it more casually."
 PATIENCE_S = 120.0
+REPLY_TOKENS = 96
 EVERY_S = 0.05
 Found = TypeVar("Found")
 
@@ -60,15 +59,15 @@ async def _corrections(url: str, journal: JournalReader, number: int) -> tuple[l
     async with client.session() as http:
         for at in range(number + 1):
             messages = [{"role": "user", "content": f"I have {at + 2} apples and buy 3 more. How many do I have?"}]
-            turn, reply = await _reply(http, url, messages)
+            turn, reply = await client.reply(http, url, messages, max_tokens=REPLY_TOKENS)
             messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": CORRECTION}]
             began = time.time()
-            await _reply(http, url, messages)
+            await client.reply(http, url, messages, max_tokens=REPLY_TOKENS)
             version = await _until(lambda turn=turn: _learnt(journal, turn))
             swapped = await _until(lambda version=version: _swapped(journal, version))
             by = -1
             while by < version:
-                id, _ = await _reply(http, url, messages[:1], {"X-Turn-Type": "side"})
+                id, _ = await client.reply(http, url, messages[:1], {"X-Turn-Type": "side"}, max_tokens=REPLY_TOKENS)
                 said = journal.turn(id)
                 by = -1 if said is None else said.capture.versions[0].version
             if at:
@@ -94,14 +93,3 @@ async def _until(found: Callable[[], Found | None]) -> Found:
             raise ClawrlError(f"no version learnt from a correction within {PATIENCE_S:g} s")
         await asyncio.sleep(EVERY_S)
     return what
-
-
-async def _reply(
-    http: aiohttp.ClientSession, url: str, messages: list[dict[str, str]], headers: dict[str, str] | None = None
-) -> tuple[str, str]:
-    """(id, text)."""
-    body = {"model": "clawrl", "messages": messages, "max_tokens": 96}
-    async with http.post(f"{url}/chat/completions", json=body, headers=headers) as response:
-        response.raise_for_status()
-        answer = await response.json()
-    return answer["id"], answer["choices"][0]["message"]["content"] or ""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
@@ -78,11 +77,5 @@ async def _converse(http: aiohttp.ClientSession, url: str, user: int) -> None:
         messages: list[dict[str, str]] = []
         for said in (f"I have {number} apples and buy {user} more. How many do I have?", *FOLLOW_UPS):
             messages.append({"role": "user", "content": said})
-            messages.append({"role": "assistant", "content": await _reply(http, url, messages)})
-
-
-async def _reply(http: aiohttp.ClientSession, url: str, messages: Sequence[dict[str, str]]) -> str:
-    body = {"model": "clawrl", "messages": messages, "max_tokens": 96}
-    async with http.post(f"{url}/chat/completions", json=body) as response:
-        response.raise_for_status()
-        return (await response.json())["choices"][0]["message"]["content"] or ""
+            _, reply = await client.reply(http, url, messages, max_tokens=96)
+            messages.append({"role": "assistant", "content": reply})

@@ -26,6 +26,7 @@ from jobs.bench.figures import Figure, Stream, median_ratio, percentile, through
 
 TALKING = 8
 """Users who talk at the same time while they get their versions."""
+REPLY_TOKENS = 64
 PATIENCE_S = 20.0
 """A user's version, in the mean, may take so long."""
 QUESTION = "I have {} apples and buy 3 more. How many do I have?"
@@ -91,11 +92,12 @@ async def _teach(http: aiohttp.ClientSession, url: str, journal: JournalReader, 
     async def talk(user: str, number: int) -> None:
         async with places:
             messages = [{"role": "user", "content": QUESTION.format(number + 2)}]
-            id, reply = await _reply(http, url, user, messages)
+            id, reply = await client.reply(http, url, messages, user=user, max_tokens=REPLY_TOKENS)
             async with http.post(f"{url}/feedback", json={"response_id": id, "user": user, "score": -1}) as response:
                 response.raise_for_status()
             said = {"role": "user", "content": CORRECTION}
-            await _reply(http, url, user, [*messages, {"role": "assistant", "content": reply}, said])
+            talk_on = [*messages, {"role": "assistant", "content": reply}, said]
+            await client.reply(http, url, talk_on, user=user, max_tokens=REPLY_TOKENS)
 
     deadline = time.monotonic() + PATIENCE_S * (len(users) + 5)
     talking = asyncio.gather(*(talk(user, number) for number, user in enumerate(users)))
@@ -155,15 +157,6 @@ def _waited(journal: JournalReader) -> list[float]:
 
 def _per_user(before: dict[str, int], after: dict[str, int], part: str, users: int) -> float:
     return (after.get(part, 0) - before.get(part, 0)) / 1e6 / max(1, users - 1)
-
-
-async def _reply(http: aiohttp.ClientSession, url: str, user: str, messages: list[dict[str, str]]) -> tuple[str, str]:
-    """(id, text)."""
-    body = {"model": "clawrl", "messages": messages, "max_tokens": 64, "user": user}
-    async with http.post(f"{url}/chat/completions", json=body) as response:
-        response.raise_for_status()
-        answer = await response.json()
-    return answer["id"], answer["choices"][0]["message"]["content"] or ""
 
 
 def _say(line: str) -> None:

@@ -18,11 +18,11 @@ class OddEnv(AgentEnv[Task]):
     name = "odd"
 
     def __init__(
-        self, folder: str, trouble: str = "", at: str = "step", once: bool = False, seconds: float = 0
+        self, folder: str, trouble: str = "", at: str = "step", once: bool = False, seconds: float = 0, naps: float = 1
     ) -> None:
         super().__init__()
-        self._folder, self._trouble, self._at, self._once, self._seconds = Path(folder), trouble, at, once, seconds
-        self._steps = 0
+        self._folder, self._trouble, self._at, self._once = Path(folder), trouble, at, once
+        self._seconds, self._naps, self._steps = seconds, naps, 0
 
     def make_task(self, number: int, split: Split) -> Task:
         return Task(f"odd/{number}")
@@ -67,7 +67,7 @@ class OddEnv(AgentEnv[Task]):
         if self._trouble == "kill":
             os.kill(os.getpid(), 9)
         if self._trouble == "nap":
-            time.sleep(1)
+            time.sleep(self._naps)
         if self._trouble == "hang":  # this thread alone
             time.sleep(600)
         if self._trouble == "freeze":  # the whole process: nobody else gets Python's lock

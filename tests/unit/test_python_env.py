@@ -102,8 +102,8 @@ def test_what_reasoning_gym_would_run_is_refused():
 def test_a_verifier_that_hangs_is_replaced(monkeypatch):
     assert VERIFIER.score("1", gold="1") == 1.0
     first = VERIFIER._child
-    monkeypatch.setattr("envs.toolcall.verifying.SECONDS", 0.0)
-    assert VERIFIER.score("1", gold="1") == 0.0
+    monkeypatch.setattr("envs.toolcall.verifying.SECONDS", 0.2)
+    assert VERIFIER.score("$9^{9^{9^{9}}}$", gold="42") == 0.0
     monkeypatch.undo()
     assert VERIFIER.score("1", gold="1") == 1.0
     assert VERIFIER._child is not first

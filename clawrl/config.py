@@ -262,7 +262,12 @@ class LearningSection(Section):
     difference_clip: float = Field(
         default=1.0, gt=0, description="C: bound on teacher - behaviour log-probability (topk and token)."
     )
-    teacher: Literal["frozen", "current", "external"] = "frozen"
+    teacher: Literal["frozen", "current", "ema", "external"] = Field(
+        default="frozen",
+        description="Who scores with the hint: the model as it began; as it is; the moving average of its versions, "
+        "which are adapters then; or a server, see [teacher].",
+    )
+    ema_decay: float = Field(default=0.95, ge=0, lt=1, description="Of the moving average, a step: teacher = ema.")
     teacher_top: int = Field(default=20, ge=1, le=100, description="Teacher's tokens scored per position.")
     hint_rule: Literal["sequence", "token", "shortest", "longest", "random"] = "sequence"
     max_hints: int = Field(default=3, ge=1)
@@ -553,6 +558,11 @@ class Config(Section):
             raise ValueError(
                 f"journal.keep_days={self.journal.keep_days:g} deletes samples that training has passed over, which "
                 f"buffer.replay_fraction={self.buffer.replay_fraction:g} would still train on; unset one of them"
+            )
+        if self.learning.teacher == "ema" and self.lora is None:
+            raise ValueError(
+                "learning.teacher=ema scores with a second adapter in the policy's engine, and there is no [lora] "
+                "section; add one (lora.rank=16), or set learning.teacher=frozen or current"
             )
         if (self.learning.teacher == "external") != (self.teacher.url is not None):
             raise ValueError(

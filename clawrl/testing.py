@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from clawrl.errors import JudgeError, PolicyError
-from clawrl.types import Capture, Judgement, Message, NextState, Scores, Tool, Turn, VersionSpan
+from clawrl.types import Capture, Judgement, Message, NextState, Scores, ScoringWeights, Tool, Turn, VersionSpan
 
 VOCABULARY = 256
 """Tokens are UTF-8 bytes."""
@@ -83,7 +83,7 @@ class ScriptedPolicy:
         self._num_turns = 0
 
     async def score_ids(
-        self, prompt_ids: np.ndarray, completion_ids: np.ndarray, top: int, *, initial: bool = False
+        self, prompt_ids: np.ndarray, completion_ids: np.ndarray, top: int, *, weights: ScoringWeights = "current"
     ) -> Scores:
         """Log-probabilities of exact reply ids after exact prompt ids. Raises PolicyError beyond the context."""
         if len(prompt_ids) + len(completion_ids) > self._max_model_len:
@@ -91,7 +91,7 @@ class ScriptedPolicy:
                 f"{len(prompt_ids)} prompt and {len(completion_ids)} reply tokens exceed "
                 f"max_model_len={self._max_model_len}; raise it or shorten the prompt"
             )
-        model = ScriptedModel(self._seed, 0) if initial else self._model
+        model = ScriptedModel(self._seed, 0) if weights == "frozen" else self._model
         return model.score(prompt_ids, completion_ids, top)
 
     async def score_messages(
@@ -102,11 +102,11 @@ class ScriptedPolicy:
         completion_ids: np.ndarray,
         top: int,
         *,
-        initial: bool = False,
+        weights: ScoringWeights = "current",
         user: str = "",
     ) -> Scores:
         """Log-probabilities of exact reply ids after rendered messages, the same for every user."""
-        return await self.score_ids(render(messages, tools, template), completion_ids, top, initial=initial)
+        return await self.score_ids(render(messages, tools, template), completion_ids, top, weights=weights)
 
     def turn(
         self,

@@ -25,6 +25,10 @@ EpisodeStatus = Literal["done", "truncated", "timeout", "error", "lost"]
 VersionState = Literal["candidate", "serving", "retired", "rejected"]
 PolicyScope = Literal["group", "user", "hierarchy"]
 """Who has a policy of their own: everyone one together, each user, or both."""
+ScoringWeights = Literal["frozen", "current", "ema"]
+"""Whose log-probabilities: the model as configured, the version of the moment, or the moving average beside it."""
+EMA = "ema/"
+"""So begin the names of a version's tensors that are its moving average, which teaches and answers nobody."""
 
 GROUP = ""
 """The scope of the policy that everyone has together; any other is the name of the user who alone has it."""

@@ -230,7 +230,7 @@ async def reference_divergence(system: Any, ids: Sequence[str]) -> float | None:
     turns = [await journal.turn.remote(id) for id in ids[:DIVERGENCE_REPLIES]]
     captures = [turn.capture for turn in turns if turn is not None]
     scored = await asyncio.gather(
-        *(judge.score_ids.remote(each.prompt_ids, each.completion_ids, 0, initial=True) for each in captures)
+        *(judge.score_ids.remote(each.prompt_ids, each.completion_ids, 0, weights="frozen") for each in captures)
     )
     drifts = [scores.logprobs - capture.logprobs for scores, capture in zip(scored, captures, strict=True)]
     return report.k3(np.concatenate(drifts)) if drifts else None

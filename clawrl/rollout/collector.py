@@ -87,6 +87,7 @@ class Collector:
     ) -> None:
         self._journal, self._judge = journal, judge
         self._teacher = judge if learning.teacher == "frozen" else teacher
+        self._teacher_weights = "current" if learning.teacher == "external" else learning.teacher
         self._judging, self._learning, self._held_out_share = judging, learning, held_out_share
         self._policy_scope: PolicyScope = policy_scope
         self._slots = asyncio.Semaphore(judging.concurrency)
@@ -283,7 +284,7 @@ class Collector:
         hinted = tuple(self._advised(turn.messages, hint))
         return self._teacher.score_messages.remote(
             hinted, turn.tools, turn.template, turn.capture.completion_ids, self._learning.teacher_top,
-            initial=self._learning.teacher == "frozen", user=turn.user,
+            weights=self._teacher_weights, user=turn.user,
         )  # fmt: skip
 
     async def _reference(self, turn: Turn) -> Scores | None:
@@ -294,7 +295,7 @@ class Collector:
             return await self._reference(turn)
 
     def _ask_reference(self, turn: Turn) -> Awaitable[Scores]:
-        return self._judge.score_ids.remote(turn.capture.prompt_ids, turn.capture.completion_ids, 0, initial=True)
+        return self._judge.score_ids.remote(turn.capture.prompt_ids, turn.capture.completion_ids, 0, weights="frozen")
 
     async def _try_score(self, turn: Turn, who: str, ask: Callable[[], Awaitable[Scores]]) -> Scores | None:
         """Complete scores, or None with a count: a teacher's own refusal (too long a prompt) is not repeated."""

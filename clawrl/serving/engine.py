@@ -24,7 +24,7 @@ import numpy as np
 from clawrl.config import EngineSection, LoraSection, model_path
 from clawrl.errors import PolicyError, boundary
 from clawrl.serving.capture import Recorder
-from clawrl.types import GROUP, Canary, Message, Scores, Tool
+from clawrl.types import GROUP, Canary, Message, Scores, ScoringWeights, Tool
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +75,7 @@ class Engine:
         self._salt = f"v0-{uuid.uuid4().hex}"
         self._weights = 0  # the version that the weights alone are
         self._current: dict[str, Adapter] = {}  # of new requests, by scope; none: the weights alone
+        self._averages: dict[str, Adapter] = {}  # the moving averages that go with them
         self._adapters = count(1)  # vLLM's numbers for them
         self._in_batch = adapters_in_batch
         self._asked: set[Adapter] = set()  # those that requests hold
@@ -93,6 +94,13 @@ class Engine:
     def adapter(self, user: str) -> Adapter | None:
         """Of a user's new requests; None: the weights alone."""
         return self._current.get(user) or self._current.get(GROUP)
+
+    def _scoring(self, weights: ScoringWeights, user: str) -> Adapter | None:
+        """An average begins with its policy: before there is one, it is the policy itself."""
+        if weights == "frozen":
+            return None
+        average = self._averages.get(user if user in self._current else GROUP)
+        return average if weights == "ema" and average is not None else self.adapter(user)
 
     # -- generating, captured ------------------------------------------------------------------------------------
 
@@ -196,15 +204,15 @@ class Engine:
         completion_ids: Sequence[int],
         top: int,
         *,
-        initial: bool = False,
+        weights: ScoringWeights = "current",
         user: str = GROUP,
     ) -> Scores:
         """Log-probabilities of `completion_ids` [T] after `prompt_ids`, with the `top` best tokens at each position.
 
-        By the user's version of the moment, or by the weights without any adapter (`initial`). Raises PolicyError if
-        both together leave no room in the context.
+        By the user's version of the moment, by its moving average, or by the weights without any adapter (`frozen`).
+        Raises PolicyError if both together leave no room in the context.
         """
-        return await self._score_with(None if initial else self.adapter(user), prompt_ids, completion_ids, top)
+        return await self._score_with(self._scoring(weights, user), prompt_ids, completion_ids, top)
 
     async def _score_with(
         self,
@@ -315,18 +323,19 @@ class Engine:
         await self._llm.add_lora(request)
         return Adapter(version, request, folder)
 
-    def switch(self, adapter: Adapter | None, scope: str = GROUP) -> None:
-        """From now on new requests are answered with this adapter, everyone's or one user's.
+    def switch(self, adapter: Adapter | None, scope: str = GROUP, average: Adapter | None = None) -> None:
+        """From now on new requests are answered with this adapter, everyone's or one user's; its average only scores.
 
         None: the user's with everyone's, everyone's with the weights alone.
         """
-        before = self._current.pop(scope, None)
-        if adapter is not None:
-            self._current[scope] = adapter
-            adapter.current = True
-        if before is not None and before is not adapter:
-            before.current = False
-            self._unload_if_idle(before)
+        for current, new in ((self._current, adapter), (self._averages, average)):
+            before = current.pop(scope, None)
+            if new is not None:
+                current[scope] = new
+                new.current = True
+            if before is not None and before is not new:
+                before.current = False
+                self._unload_if_idle(before)
 
     @contextmanager
     def _held(self, adapter: Adapter | None) -> Iterator[dict[str, Any]]:
@@ -380,10 +389,10 @@ class Scorer:
         completion_ids: np.ndarray,
         top: int,
         *,
-        initial: bool = False,
+        weights: ScoringWeights = "current",
         user: str = GROUP,
     ) -> Scores:
-        return await self._engine.score(prompt_ids.tolist(), completion_ids.tolist(), top, initial=initial, user=user)
+        return await self._engine.score(prompt_ids.tolist(), completion_ids.tolist(), top, weights=weights, user=user)
 
     async def score_messages(
         self,
@@ -393,11 +402,11 @@ class Scorer:
         completion_ids: np.ndarray,
         top: int,
         *,
-        initial: bool = False,
+        weights: ScoringWeights = "current",
         user: str = GROUP,
     ) -> Scores:
         prompt_ids = await self._engine.render(messages, tools, template)
-        return await self._engine.score(prompt_ids, completion_ids.tolist(), top, initial=initial, user=user)
+        return await self._engine.score(prompt_ids, completion_ids.tolist(), top, weights=weights, user=user)
 
 
 class ChunkQueue:

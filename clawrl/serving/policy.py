@@ -30,7 +30,7 @@ from clawrl.observe import metric
 from clawrl.serving.capture import Finished, Recorder, Refused
 from clawrl.serving.engine import Engine, Scorer, start_engine
 from clawrl.serving.layers import Layer, layers
-from clawrl.types import GROUP, Publication, Scores, Swap, Withdrawal
+from clawrl.types import EMA, GROUP, Publication, Scores, Swap, Withdrawal
 
 log = logging.getLogger(__name__)
 
@@ -288,29 +288,37 @@ class Policy(Scorer):
     async def _switch_adapter(
         self, publication: Publication, buckets: Sequence[ray.ObjectRef]
     ) -> tuple[tuple[np.ndarray, ...], float]:
-        """Load the version's adapter beside the others and ask it for the canary; then new requests get it, at once."""
-        adapter = None
+        """Load the version's adapter beside the others and ask it for the canary; then new requests get it, at once.
+
+        So does its moving average, if it has one, which no request gets.
+        """
+        adapter = average = None
         if publication.adapter is not None:
-            folder = await asyncio.to_thread(self._write_adapter, publication, buckets)
-            adapter = await self._engine.add_adapter(publication.number, folder, patient=not self._personal)
+            folders = await asyncio.to_thread(self._write_adapters, publication, buckets)
+            number, patient = publication.number, not self._personal
+            adapter, *averages = [await self._engine.add_adapter(number, each, patient=patient) for each in folders]
+            average = averages[0] if averages else None
         after = await self._engine.canary_logprobs(publication.canary, adapter)
-        self._engine.switch(adapter, publication.scope)
+        self._engine.switch(adapter, publication.scope, average)
         return after, 0.0
 
-    def _write_adapter(self, publication: Publication, buckets: Sequence[ray.ObjectRef]) -> Path:
-        """PEFT's files of a version, in a new folder, for vLLM to read now and when it pages the adapter in again."""
+    def _write_adapters(self, publication: Publication, buckets: Sequence[ray.ObjectRef]) -> list[Path]:
+        """PEFT's files of a version and of its average, in new folders, for vLLM to read now and when it pages in."""
         import torch
         from safetensors.torch import save_file
 
         from clawrl.serving.weight_transfer import tensors
 
         assert self._adapters is not None
-        folder = self._adapters.folder / f"{publication.number}-{uuid.uuid4().hex}"
-        folder.mkdir(parents=True)
         found = {name: each for ref in buckets for name, each in tensors(ray.get(ref), torch.device("cpu"))}
-        save_file(found, folder / "adapter_model.safetensors")
-        (folder / "adapter_config.json").write_text(json.dumps(publication.adapter), encoding="utf-8")
-        return folder
+        average = {name.removeprefix(EMA): found.pop(name) for name in list(found) if name.startswith(EMA)}
+        folders: list[Path] = []
+        for weights in (found, average) if average else (found,):
+            folders.append(self._adapters.folder / f"{publication.number}-{uuid.uuid4().hex}")
+            folders[-1].mkdir(parents=True)
+            save_file(weights, folders[-1] / "adapter_model.safetensors")
+            (folders[-1] / "adapter_config.json").write_text(json.dumps(publication.adapter), encoding="utf-8")
+        return folders
 
 
 async def _joined(answer: AsyncIterator[str], recorder: Recorder) -> AsyncIterator[str]:

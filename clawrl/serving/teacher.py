@@ -19,7 +19,7 @@ import numpy as np
 from clawrl.config import EndpointSection, model_path
 from clawrl.errors import ConfigError, JudgeError
 from clawrl.serving.endpoint import Endpoint, RefusedError
-from clawrl.types import GROUP, Message, Scores, Tool
+from clawrl.types import GROUP, Message, Scores, ScoringWeights, Tool
 
 START_S = 30.0
 """How long a server is waited for before a start is refused."""
@@ -65,12 +65,12 @@ class OutsideTeacher:
         completion_ids: np.ndarray,
         top: int,
         *,
-        initial: bool = False,
+        weights: ScoringWeights = "current",
         user: str = GROUP,
     ) -> Scores:
         """Log-probabilities of exact reply ids [T] after the rendered messages, and the `top` best at each position.
 
-        Its weights are its own, so `initial` must be false, and the same for every user.
+        Its weights are its own, which `weights` does not choose, and the same for every user.
 
         Raises JudgeError if the server refuses, is not reached in time, or answers for other tokens.
         """

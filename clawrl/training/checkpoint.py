@@ -19,13 +19,13 @@ import numpy as np
 
 from clawrl.config import model_path
 from clawrl.errors import WeightSyncError, boundary
-from clawrl.types import GROUP, Bucket, Canary
+from clawrl.types import EMA, GROUP, Bucket, Canary
 
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _CARRIERS = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
 _NAMES = {code: name for name, code in _CODES.items()}
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
-_CANARY = "canary.npz"
+_CANARY, _AVERAGE = "canary.npz", "ema.safetensors"
 
 
 def model_folder(model: str) -> Path:
@@ -61,9 +61,14 @@ def write_checkpoint(folder: Path, buckets: Sequence[Bucket], base: Path, canary
 
 
 def write_adapter(folder: Path, buckets: Sequence[Bucket], description: dict[str, Any], canary: Canary) -> None:
-    """The same for an adapter, as PEFT writes it: one file of tensors, and adapter_config.json."""
+    """The same for an adapter, as PEFT writes it: one file of tensors, and adapter_config.json.
+
+    Its moving average, where there is one, is another file beside it.
+    """
     with _appearing(folder) as unfinished:
-        _write_safetensors(unfinished / "adapter_model.safetensors", _joined(buckets))
+        _write_safetensors(unfinished / "adapter_model.safetensors", _joined(buckets, average=False))
+        if (average := _joined(buckets, average=True)).names:
+            _write_safetensors(unfinished / _AVERAGE, average)
         (unfinished / "adapter_config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         write_canary(unfinished, canary)
 
@@ -156,7 +161,7 @@ def export_checkpoint(source: Path, destination: Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         for file in source.iterdir():
-            if file.is_file() and file.name != _CANARY and not file.name.startswith("."):
+            if file.is_file() and file.name not in (_CANARY, _AVERAGE) and not file.name.startswith("."):
                 shutil.copyfile(file, unfinished / file.name)
         if (unfinished / "config.json").exists():  # an adapter has none
             _state_type(unfinished / "config.json", source)
@@ -215,13 +220,11 @@ def _bucket(names: list[str], codes: list[str], arrays: list[np.ndarray]) -> Buc
     )
 
 
-def _joined(buckets: Sequence[Bucket]) -> Bucket:
-    return Bucket(
-        names=tuple(name for bucket in buckets for name in bucket.names),
-        dtypes=tuple(dtype for bucket in buckets for dtype in bucket.dtypes),
-        shapes=tuple(shape for bucket in buckets for shape in bucket.shapes),
-        arrays=tuple(array for bucket in buckets for array in bucket.arrays),
-    )
+def _joined(buckets: Sequence[Bucket], *, average: bool) -> Bucket:
+    """The tensors of a version's moving average, or all others."""
+    columns = ((each.names, each.dtypes, each.shapes, each.arrays) for each in buckets)
+    rows = [row for each in columns for row in zip(*each, strict=True) if row[0].startswith(EMA) is average]
+    return Bucket(*zip(*rows, strict=True)) if rows else Bucket((), (), (), ())
 
 
 def _write_safetensors(file: Path, bucket: Bucket) -> None:

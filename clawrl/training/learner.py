@@ -27,7 +27,7 @@ from clawrl.errors import WeightSyncError
 from clawrl.training.adapter import public_name
 from clawrl.training.model import RESHARD_ABOVE_PARAMETERS, TokenScorer, shard
 from clawrl.training.pack import PackedRow, assign, pack, row_to_score, scored_positions, trainable
-from clawrl.types import Bucket, Canary, Sample
+from clawrl.types import EMA, Bucket, Canary, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,8 @@ class Learner:
         self._parameters = {name: each for name, each in named.items() if each.requires_grad}
         adapter = {} if lora is None else self._parameters
         self._initial = {name: _local(each).detach().clone() for name, each in adapter.items()}
+        averages = learning.teacher == "ema" and learning.method != "rl"
+        self._average = {name: each.detach().clone() for name, each in adapter.items()} if averages else {}
         self._anchor: dict[str, Tensor] = {}  # this rank's rows of the weights that a step may be held near to
         self._pull = 0.0 if lora is None else settings.learning_rate * lora.anchor
         self.reset_optimizer()
@@ -115,6 +117,8 @@ class Learner:
             found |= {f"{name}/{key}": value for key, value in own.items()}
             if self._dtype != torch.float32:
                 found[f"{name}/weight"] = parameter.detach()
+        if self._dtype != torch.float32:
+            found |= {f"{name}/average": average for name, average in self._average.items()}
         return found
 
     def update(self, samples: Sequence[Sample], version: int, *, anchored: bool = False) -> dict[str, float]:
@@ -206,7 +210,10 @@ class Learner:
 
     @torch.no_grad()
     def buckets(self, bucket_bytes: int) -> Iterator[Bucket | None]:
-        """The whole model in the compute type, bucket by bucket; bucket i only on rank i % world, None elsewhere."""
+        """The whole model in the compute type, bucket by bucket; bucket i only on rank i % world, None elsewhere.
+
+        With its moving average, where it has one.
+        """
         for index, names in enumerate(self._plan(bucket_bytes)):
             yield self._gather(names, owner=index % self.world)
 
@@ -214,10 +221,13 @@ class Learner:
     def load(self, buckets: Iterable[Bucket]) -> None:
         """Replace the weights, each rank keeping its rows, and forget the optimizer's moments.
 
-        No buckets at all are an adapter's version 0. Raises WeightSyncError if a parameter is missing. Heads tied to
-        the embeddings are passed over.
+        No buckets at all are an adapter's version 0. A moving average that the version lacks begins with it. Raises
+        WeightSyncError if a parameter is missing. Heads tied to the embeddings are passed over.
         """
-        self._read(buckets, {name: _local(parameter) for name, parameter in self._parameters.items()})
+        weights = {name: _local(parameter) for name, parameter in self._parameters.items()}
+        averages = {EMA + name: _local(average) for name, average in self._average.items()}
+        for name in self._read(buckets, weights | averages) & averages.keys():
+            averages[name].copy_(weights[name.removeprefix(EMA)])
         self._reshard()
         self.reset_optimizer()
 
@@ -230,10 +240,10 @@ class Learner:
 
     # --- inside ---
 
-    def _read(self, buckets: Iterable[Bucket], into: dict[str, Tensor]) -> None:
-        """Copy this rank's rows of a version. Raises WeightSyncError if a parameter is missing."""
-        for name, initial in self._initial.items():
-            into[name].copy_(initial)
+    def _read(self, buckets: Iterable[Bucket], into: dict[str, Tensor]) -> set[str]:
+        """Copy this rank's rows of a version; returns what it lacks. Raises WeightSyncError if that is a parameter."""
+        for name, local in into.items() if self._initial else ():
+            local.copy_(self._initial[name.removeprefix(EMA)])
         missing, anything = set(into), not self._initial
         for bucket in buckets:
             anything = True
@@ -243,8 +253,10 @@ class Learner:
                     rows = -(-whole.shape[0] // self.world)
                     local.copy_(whole[self.rank * rows : self.rank * rows + local.shape[0]])
                     missing.remove(name)
-        if missing and anything:
-            raise WeightSyncError(f"the version lacks {len(missing)} parameters, {min(missing)} among them")
+        lost = {name for name in missing if not name.startswith(EMA)}
+        if lost and anything:
+            raise WeightSyncError(f"the version lacks {len(lost)} parameters, {min(lost)} among them")
+        return missing
 
     def _score_chunk(
         self, samples: Sequence[Sample], stop_id: int | None, started: float
@@ -319,6 +331,8 @@ class Learner:
         if pull:
             for name, anchor in self._anchor.items():
                 _local(self._parameters[name]).detach().lerp_(anchor, min(1.0, pull))
+        for name, average in self._average.items():
+            _local(average).lerp_(_local(self._parameters[name]).detach(), 1 - self._learning.ema_decay)
         self._optimizer.zero_grad(set_to_none=True)
         change = _square_sum([after.detach() - old for after, old in zip(locals_, before, strict=True)])
         dist.all_reduce(change, group=self._mesh.get_group())
@@ -334,8 +348,8 @@ class Learner:
         """Names of parameters, in order, in groups of at most `bucket_bytes`; a larger one goes alone."""
         names: list[str] = []
         size = 0
-        for name, parameter in self._parameters.items():
-            nbytes = parameter.numel() * self._dtype.itemsize
+        for name, (_, shape) in self._published().items():
+            nbytes = shape.numel() * self._dtype.itemsize
             if names and size + nbytes > bucket_bytes:
                 yield names
                 names, size = [], 0
@@ -343,14 +357,20 @@ class Learner:
             size += nbytes
         yield names
 
+    def _published(self) -> dict[str, tuple[Tensor, torch.Size]]:
+        """This rank's rows of all tensors of a version, and their whole shapes."""
+        averages = {EMA + name: average for name, average in self._average.items()}
+        return {name: (_local(each), each.shape) for name, each in (self._parameters | averages).items()}
+
     def _gather(self, names: Sequence[str], owner: int) -> Bucket | None:
         """Collect parameters' shards on `owner` in one collective.
 
         FSDP2 gives rank r rows [r·c, (r+1)·c) with c = ceil(rows / world), so the last shards may be short or empty;
         padded to c they all have the same size.
         """
-        parameters = [self._parameters[name] for name in names]
-        flat = torch.cat([_padded(_local(p), p.shape, self.world).to(self._dtype).flatten() for p in parameters])
+        published = self._published()
+        tensors = [published[name] for name in names]
+        flat = torch.cat([_padded(local, shape, self.world).to(self._dtype).flatten() for local, shape in tensors])
         parts = [flat]
         if self.world > 1:
             mine = [torch.empty_like(flat) for _ in range(self.world)] if self.rank == owner else None
@@ -360,13 +380,13 @@ class Learner:
             parts = mine
         arrays: list[np.ndarray] = []
         start = 0
-        for parameter in parameters:
-            size = _padded_rows(parameter.shape, self.world) * parameter.shape[1:].numel()
-            rows = torch.cat([part[start : start + size].view(-1, *parameter.shape[1:]) for part in parts])
-            arrays.append(_as_array(rows[: parameter.shape[0]]))
+        for _, shape in tensors:
+            size = _padded_rows(shape, self.world) * shape[1:].numel()
+            rows = torch.cat([part[start : start + size].view(-1, *shape[1:]) for part in parts])
+            arrays.append(_as_array(rows[: shape[0]]))
             start += size
         name = str(self._dtype).removeprefix("torch.")
-        shapes = tuple(tuple(parameter.shape) for parameter in parameters)
+        shapes = tuple(tuple(shape) for _, shape in tensors)
         return Bucket(tuple(names), (name,) * len(names), shapes, tuple(arrays))
 
     def _reshard(self) -> None:

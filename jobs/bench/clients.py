@@ -26,12 +26,12 @@ from typing import Any
 
 from clawrl.config import Config
 from clawrl.errors import ClawrlError
+from jobs import free_port
 from jobs.bench import client, sessions
 from jobs.bench.figures import Figure, Stream, median_ratio, percentile, spread, throughput
 from jobs.bench.programs import program
 from jobs.bench.serving import conversations, require_whole
 from jobs.bench.stage import stage
-from jobs.chaos.target import free_port
 
 LITELLM = "litellm[proxy]==1.106.12"
 STREAMS = (1, 16, 64)

@@ -38,10 +38,10 @@ from clawrl.rollout.collector import Collector
 from clawrl.rollout.pool import Pool
 from clawrl.rollout.worker import CALLS, EnvWorker, caller_of, limits_of, make_env
 from clawrl.training.buffer import ReplayBuffer
+from jobs import free_port
 from jobs.bench.figures import Figure, median_ratio, spread, table
 from jobs.bench.programs import PATIENCE_S, program
 from jobs.bench.simulated import MEAN_S, STEPS, GoldWorker
-from jobs.chaos.target import free_port
 
 MODEL = "scripted"
 SIDE_BY_SIDE = 32

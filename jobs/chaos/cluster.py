@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+
+from jobs import free_port
 
 START_S = 180.0
 _OBJECTS = 256 * 2**20
@@ -97,9 +98,3 @@ class Cluster:
                 for process in self.node(number):
                     process.kill()
             self._nodes[number].wait(10)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

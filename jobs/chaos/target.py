@@ -20,9 +20,10 @@ from typing import Any
 import httpx
 import psutil
 
+from jobs import free_port
 from jobs.bench import processes
 from jobs.chaos.clock import Clock
-from jobs.chaos.cluster import Cluster, free_port, local_cluster
+from jobs.chaos.cluster import Cluster, local_cluster
 from jobs.chaos.postgres import Postgres, Schemas
 
 READY_S = 240.0

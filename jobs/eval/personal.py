@@ -32,6 +32,7 @@ ARMS = {
     "opd-token": ("learning.method=opd", "learning.distillation=token"),
     "random-hint": ("learning.method=hybrid", "learning.hint_rule=random"),
     "hybrid-lora": LORA,
+    "ema-lora": (*LORA, "learning.teacher=ema"),
     "user-lora": (*LORA, "lora.policy_scope=user"),
     "hierarchy-lora": (*LORA, "lora.policy_scope=hierarchy"),
     "memory": ("chat.memory=true", UNTRAINED),

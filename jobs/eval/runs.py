@@ -1,4 +1,4 @@
-"""Whole runs of a job, one after the other, each a process of its own; one that was made is not made again.
+"""Whole runs of a job, each a process of its own, one after the other or over a Ray cluster; none is made twice.
 
     <run root>/eval-<verb>-<digest>/<arm>-<mark>-seed<N>/   result.json, once it has ended; log.txt; run directories
 
@@ -10,24 +10,77 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clawrl.errors import ClawrlError
+from jobs import free_port
 
 RESULT = "result.json"
 STOP_S = 60.0
 """How long a run that is told to stop may take."""
+OWN_RAY = ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_TMPDIR")
+"""Settings of Ray's that are the user's."""
 
 
 class RunFailed(ClawrlError):
     """A run that came to no end; the others go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run to make: its folder, the words of its command line, and what it is called where it is spoken of."""
+
+    folder: Path
+    job: str
+    arguments: tuple[str, ...]
+    label: str
+    codes: Sequence[int] = (0,)
+
+
+def side_by_side(runs: Sequence[Run], each: Mapping[str, float]) -> Iterator[tuple[int, dict[str, Any] | RunFailed]]:
+    """What comes of each run, by its place among them, as they end.
+
+    As many are made at a time as have room on the Ray cluster at RAY_ADDRESS, or on one that is started on this
+    machine; `each` takes so much of it (`CPU`, `GPU`, resources of its own). A run has the port that its machine gives
+    it. Its log stays there, and its result comes here too.
+    """
+    import ray
+    from ray.exceptions import RayError
+
+    with ray.init(address=os.environ.get("RAY_ADDRESS", "local"), logging_level=logging.ERROR):
+        others = {name: amount for name, amount in each.items() if name not in ("CPU", "GPU")}
+        task = ray.remote(_make_there).options(
+            num_cpus=each.get("CPU", 1), num_gpus=each.get("GPU", 0), resources=others, max_retries=0
+        )
+        waiting = {task.remote(run): number for number, run in enumerate(runs)}
+        while waiting:
+            (ended,), _ = ray.wait(list(waiting), num_returns=1)
+            number = waiting.pop(ended)
+            try:
+                result = ray.get(ended)
+            except RayError as error:
+                yield number, RunFailed(str(getattr(error, "cause", None) or error).strip().splitlines()[-1])
+            else:
+                runs[number].folder.mkdir(parents=True, exist_ok=True)
+                _keep(runs[number].folder, result)
+                yield number, result
+
+
+def _make_there(run: Run) -> dict[str, Any]:
+    """Ray task. What its process says of Ray is the cluster's, and not that of the run, which starts its own."""
+    for name in [name for name in os.environ if name.startswith("RAY_") and name not in OWN_RAY]:
+        del os.environ[name]
+    arguments = [*run.arguments, f"gateway.port={free_port()}"]
+    return make_run(run.folder, run.job, arguments, lambda line: print(f"[{run.label}] {line}", flush=True), run.codes)
 
 
 def result_of(folder: Path) -> dict[str, Any] | None:
@@ -83,10 +136,14 @@ def make_run(
         "seconds": round(time.time() - started, 1),
         "load": [round(load, 2), round(os.getloadavg()[0], 2)],
     }
+    _keep(folder, result)
+    return result
+
+
+def _keep(folder: Path, result: Mapping[str, Any]) -> None:
     fresh = folder / f".{RESULT}"
     fresh.write_text(json.dumps(result) + "\n", encoding="utf-8")
     fresh.replace(folder / RESULT)
-    return result
 
 
 def _end(process: subprocess.Popen[str]) -> None:

@@ -2,7 +2,8 @@
 
     for every arm × seed: made already? else a run of the job ─► findings ─► table, JSON, picture
 
-Runs are made one after the other, and what was made is kept: the same command, given again, makes the rest. Findings
+Runs are made one after the other, or over a Ray cluster (`--parallel`), and what was made is kept: the same command,
+given again, makes the rest. Findings
 hold what each run found, so that another machine, or a later commit, adds runs to them (`--with`).
 """
 
@@ -13,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from clawrl.errors import ConfigError
 from jobs.eval import findings, picture
 from jobs.eval.findings import Reports
 from jobs.eval.plan import Arm, Plan, digest, folder_name, names_of
-from jobs.eval.runs import RunFailed, commit, make_run, result_of
+from jobs.eval.runs import Run, RunFailed, commit, make_run, result_of, side_by_side
 
 _PLACES = ("run_root=", "run=", "gateway.")
 """Overrides that say where a run is, and not what."""
@@ -65,10 +66,28 @@ def add_options(parser: argparse.ArgumentParser, *, words: str, arms: str, seeds
         metavar="FILE",
         help="findings (NAME.json) of such runs made elsewhere or at another commit: these are not made again",
     )
+    parser.add_argument(
+        "--parallel",
+        type=resources_of,
+        metavar="CPU=N,GPU=N",
+        help="make runs side by side on the Ray cluster at RAY_ADDRESS, or on this machine: what each takes of it",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the findings there too")
     parser.add_argument(
         "--out", metavar="NAME", help="NAME.md, NAME.json and NAME.png (default: in the state's folder)"
     )
+
+
+def resources_of(text: str) -> dict[str, float]:
+    """Raises argparse's error for what is no such list."""
+    try:
+        pairs = [word.split("=") for word in text.split(",")]
+        found = {name.strip(): float(amount) for name, amount in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list as CPU=8,GPU=1") from None
+    if any(not name or not amount > 0 for name, amount in found.items()):
+        raise argparse.ArgumentTypeError(f"{text!r}: every amount must be above 0, as in CPU=8,GPU=1")
+    return found
 
 
 def evaluate(job: Job, plan: Plan, config: Config, options: argparse.Namespace, command: str) -> int:
@@ -138,29 +157,43 @@ def _make(
     _say(f"{len(plan.runs)} runs, {len(plan.runs) - len(left)} of them made already; state in {state.name}")
     if left:
         _say(f"to make: {names_of(left)}")
-    took: list[float] = []
-    for number, (arm, seed) in enumerate(plan.runs, 1):
-        result, label = kept[arm.name, seed], f"{arm.name} seed {seed}"
-        if result is None:
-            rest = f", about {_rest_minutes(took, left):.0f} min left" if took else ""
-            _say(f"run {number} of {len(plan.runs)}: {label}{rest}")
-            try:
-                folder = state / folder_name(arm, seed)
-                result = make_run(folder, job.module, words[arm.name, seed], _prefixed(label), job.codes)
-            except RunFailed as error:
-                failures[label] = str(error)
-                _say(f"{label} failed: {error}")
-                continue
-            took.append(result["seconds"])
-            left.remove((arm, seed))
-            _say(f"{label}: {_outcome(job.read(result['report']))} in {result['seconds']:.0f} s")
-        report = result.pop("report", None)
-        results[arm.name, seed] = (
-            result
-            if report is None
-            else {**result, "found": job.read(report), "words": named[arm.name, seed], "commit": source}
+    runs = [
+        Run(
+            state / folder_name(arm, seed),
+            job.module,
+            tuple(words[arm.name, seed]),
+            f"{arm.name} seed {seed}",
+            job.codes,
         )
+        for arm, seed in left
+    ]
+    for index, outcome in side_by_side(runs, options.parallel) if options.parallel else _in_turn(runs):
+        (arm, seed), label = left[index], runs[index].label
+        if isinstance(outcome, RunFailed):
+            failures[label] = str(outcome)
+            _say(f"{label} failed: {outcome}")
+        else:
+            kept[arm.name, seed] = outcome
+            _say(f"{label}: {_outcome(job.read(outcome['report']))} in {outcome['seconds']:.0f} s")
+    for place, result in kept.items():
+        if result is None:
+            continue
+        report = result.pop("report", None)
+        made = {} if report is None else {"found": job.read(report), "words": named[place], "commit": source}
+        results[place] = {**result, **made}
     return results, failures
+
+
+def _in_turn(runs: Sequence[Run]) -> Iterator[tuple[int, dict[str, Any] | RunFailed]]:
+    """What comes of each run, by its place among them."""
+    started = time.monotonic()
+    for number, run in enumerate(runs):
+        rest = (time.monotonic() - started) / number * (len(runs) - number) / 60 if number else None
+        _say(f"run {number + 1} of {len(runs)}: {run.label}{'' if rest is None else f', about {rest:.0f} min left'}")
+        try:
+            yield number, make_run(run.folder, run.job, run.arguments, _prefixed(run.label), run.codes)
+        except RunFailed as error:
+            yield number, error
 
 
 def _arguments(plan: Plan, arm: Arm, options: argparse.Namespace) -> list[str]:
@@ -209,10 +242,6 @@ def _outcome(report: Mapping[str, Any]) -> str:
         f"{part['pool']} {share(part['before']['solved'])} → {share(part['after']['solved'])}"
         for part in report["pools"]
     )
-
-
-def _rest_minutes(took: Sequence[float], left: Sequence[Any]) -> float:
-    return sum(took) / len(took) * len(left) / 60
 
 
 def _prefixed(label: str) -> Any:

@@ -13,7 +13,7 @@ from clawrl.training.adapter import description
 from clawrl.training.checkpoint import export_checkpoint, read_buckets, require_whole, write_adapter
 from clawrl.training.learner import Learner
 from clawrl.training.rank import canary_sequences
-from clawrl.types import Canary, Sample
+from clawrl.types import EMA, Canary, Sample
 
 pytestmark = pytest.mark.cluster
 
@@ -21,10 +21,10 @@ LORA = LoraSection(rank=8, alpha=16, targets=("q_proj", "v_proj", "down_proj"))
 SEQUENCES = canary_sequences(BASE)
 
 
-def make(alone, lora: LoraSection | None = LORA, **settings) -> Learner:  # noqa: F811
+def make(alone, lora: LoraSection | None = LORA, learning=LEARNING, **settings) -> Learner:  # noqa: F811
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    return Learner(BASE, SETTINGS.model_copy(update={"learning_rate": 5e-3, **settings}), LEARNING, alone, lora)
+    return Learner(BASE, SETTINGS.model_copy(update={"learning_rate": 5e-3, **settings}), learning, alone, lora)
 
 
 @pytest.fixture
@@ -80,6 +80,54 @@ def test_a_version_is_taken_over_again_and_version_0_is_the_start(learner, alone
     assert {name: array.tolist() for name, array in tensors(learner.buckets(1 << 30)).items()} == {
         name: array.tolist() for name, array in start.items()
     }
+
+
+def test_the_moving_average_travels_with_its_version(alone, tmp_path):  # noqa: F811
+    averaging = LEARNING.model_copy(update={"teacher": "ema", "ema_decay": 0.75})
+    learner = make(alone, learning=averaging)
+    expected = parts(learner)[0]
+    for version in range(3):
+        learner.update(batch(), version)
+        weights, average = parts(learner)
+        expected = {name: 0.75 * old + 0.25 * weights[name] for name, old in expected.items()}
+        assert average.keys() == weights.keys()
+        for name, array in expected.items():
+            np.testing.assert_allclose(average[name], array, atol=1e-6)
+    assert max(np.abs(average[name] - weights[name]).max() for name in weights) > 1e-3
+
+    folder, canary = tmp_path / "3", learner.canary(SEQUENCES)
+    published = [each for each in learner.buckets(40_000) if each]
+    write_adapter(folder, published, description(LORA, BASE), canary)
+    export_checkpoint(folder, tmp_path / "mine")
+    assert sorted(each.name for each in (tmp_path / "mine").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    learner.update(batch(), 3)
+    learner.load(read_buckets(folder, 30_000))
+    assert same(parts(learner), (weights, average))
+
+    write_adapter(folder, [each for each in make(alone).buckets(40_000) if each], description(LORA, BASE), canary)
+    learner.load(read_buckets(folder, 30_000))
+    assert same(*([part] for part in parts(learner))), "an average that a version lacks begins with it"
+    learner.update(batch(), 3)
+    learner.load([])
+    assert same(parts(learner), parts(make(alone, learning=averaging)))
+
+
+def parts(learner: Learner) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """What is published of the weights, and of their average under the same names."""
+    found = tensors(learner.buckets(40_000))
+    averages = {name for name in found if name.startswith(EMA)}
+    plain = {name: array for name, array in found.items() if name not in averages}
+    return plain, {name.removeprefix(EMA): found[name] for name in averages}
+
+
+def same(one, other) -> bool:
+    return all(
+        a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 def test_an_adapter_of_other_layers_is_refused(learner, alone):  # noqa: F811

@@ -13,7 +13,7 @@ from ray import serve
 from clawrl import main
 from clawrl.config import Config
 from clawrl.errors import ConfigError
-from jobs.chaos.target import free_port
+from jobs import free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster"), pytest.mark.timeout(600)]
 

@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from clawrl.journal.store import JournalReader
-from jobs.chaos.target import free_port
+from jobs import free_port
 
 ON_CPU = [
     *("policy.model=clawrl:tiny", "policy.dtype=float32", "policy.gpus_per_replica=0", "policy.enforce_eager=true"),

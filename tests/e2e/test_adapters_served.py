@@ -6,6 +6,7 @@ Everyone has a policy together, and who talks enough has their own beside it.
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from running import Server, start_server, stop_server
+from safetensors.torch import load_file, save_file
 from test_system import QUESTION, clawrl, converse, loaded, scored
+from transformers import AutoTokenizer
 
+from clawrl.algorithms.hints import with_hint
 from clawrl.config import model_path
+from clawrl.types import EMA
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -24,8 +29,9 @@ CONFIG = Path(__file__).parents[2] / "configs" / "cpu_lora.toml"
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    words = ("trainer.learning_rate=3e-3", "lora.policy_scope=hierarchy", "buffer.batch_size=16")
-    server = start_server(tmp_path_factory.mktemp("adapted"), "--config", str(CONFIG), *words)
+    words = ("trainer.learning_rate=3e-3", "lora.policy_scope=hierarchy", "buffer.batch_size=16", "versions.keep=50")
+    teacher = ("learning.teacher=ema", "learning.ema_decay=0.5", "learning.distillation=token")
+    server = start_server(tmp_path_factory.mktemp("adapted"), "--config", str(CONFIG), *words, *teacher)
     yield server
     if server.process.poll() is None:
         stop_server(server)
@@ -88,6 +94,41 @@ def test_the_judge_in_the_same_engine_is_the_model_without_an_adapter(adapted: S
     assert max(gaps) > 0.05
 
 
+def test_the_teacher_is_the_moving_average_of_a_version(adapted: Server, tmp_path: Path):
+    """Log-probabilities of replies after the hinted prompt, by the averages in the versions' folders."""
+    journal, tokenizer = adapted.journal(), AutoTokenizer.from_pretrained(model_path("clawrl:tiny"))
+    samples = {sample.id: sample for _, sample, _ in journal.samples_to_train(0, 10_000)}
+    found = [
+        (sample.distillation, sample.loss_mask, turn, judgement.hints[0])
+        for _, turn, judgement in journal.judged_turns(None, 10_000)
+        if (sample := samples.get(turn.id)) and len(judgement.hints) == 1 and sample.oldest_version > 0
+    ]
+    taught = [(told, mask, turn, hint) for told, mask, turn, hint in found if told is not None][:3]
+    assert taught, "runs after the learning test, which leaves some"
+    folders = [each.parent for each in adapted.run_directory.glob("versions/*/ema.safetensors")]
+    averages = [average_of(each, tmp_path / each.name) for each in folders]
+    for distillation, mask, turn, hint in taught:
+        told = distillation.advantages[mask][:, 0]
+        prompt = tokenizer.apply_chat_template(
+            with_hint(turn.messages, hint), add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+
+        def gap(folder: Path, turn=turn, told=told, prompt=prompt) -> float:
+            teacher = scored(str(folder), np.array(prompt), turn.capture.completion_ids)
+            return np.abs(np.clip(teacher - turn.capture.logprobs, -1, 1) - told).max()
+
+        assert min(map(gap, averages)) < 0.01
+        assert min(map(gap, [*folders, Path(model_path("clawrl:tiny"))])) > 0.02
+
+
+def average_of(version: Path, folder: Path) -> Path:
+    """A version's moving average as an adapter."""
+    tensors = {name.removeprefix(EMA): each for name, each in load_file(version / "ema.safetensors").items()}
+    shutil.copytree(version, folder)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
 def test_a_reply_is_the_published_adapters(adapted: Server):
     turn = adapted.journal().turn(reply(adapted))
     assert turn is not None
@@ -129,7 +170,8 @@ def spoken_by(server: Server, user: str) -> int:
 
 def test_adapters_that_nobody_uses_leave_the_machine(adapted: Server):
     folders = adapted.run_directory / "adapters"
-    adapted.wait_for("everyone's and one user's", lambda: len(list(folders.iterdir())) == 2, timeout_s=60)
+    of_two = 4  # everyone's and one user's, each with its average
+    adapted.wait_for("what two policies need", lambda: len(list(folders.iterdir())) == of_two, timeout_s=60)
 
 
 def test_an_adapter_is_exported_and_version_0_is_the_model_itself(adapted: Server, tmp_path: Path):

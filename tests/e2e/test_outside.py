@@ -21,8 +21,8 @@ from clawrl.serving.teacher import OutsideTeacher, require_teacher
 from clawrl.testing import ScriptedPolicy, next_state
 from clawrl.training.model import TokenScorer
 from envs.toolcall.stock import TOOLS
+from jobs import free_port
 from jobs.bench.programs import program
-from jobs.chaos.target import free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 

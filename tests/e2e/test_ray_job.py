@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from jobs.chaos.target import free_port
+from jobs import free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 

@@ -19,13 +19,13 @@ from clawrl.journal.store import JournalStore
 from clawrl.serving.listener import Listener
 from clawrl.testing import ScriptedPolicy
 from clawrl.types import VersionEvent, WeightVersion
+from jobs import free_port
 from jobs.chaos import load as load_module
 from jobs.chaos.__main__ import Outcome, journals, main, possible
 from jobs.chaos.audit import audit, newest_ahead
 from jobs.chaos.clock import Clock, wait_until_seen
 from jobs.chaos.faults import FAULTS
 from jobs.chaos.load import Load
-from jobs.chaos.target import free_port
 
 WHOLE = 'data: {"id": "t1", "choices": [{"delta": {"content": "7"}}]}\n\ndata: [DONE]\n\n'
 CUT = 'data: {"id": "t2", "choices": [{"delta": {"content": "7"}}]}\n\n'

@@ -86,6 +86,25 @@ async def test_a_user_has_their_own_or_everyones(engine, tmp_path):
     assert (engine.adapter("ann"), engine._llm.loaded) == (everyones, [1])
 
 
+async def test_a_moving_average_scores_and_goes_with_its_policy(engine, tmp_path):
+    assert engine._scoring("ema", "ann") is None, "there is no version yet"
+    everyones, average = [await engine.add_adapter(1, folder(tmp_path, name)) for name in ("1", "1-average")]
+    engine.switch(everyones, average=average)
+    assert [engine._scoring(each, "ann") for each in ("frozen", "current", "ema")] == [None, everyones, average]
+    own = await engine.add_adapter(2, folder(tmp_path, "2"))
+    engine.switch(own, "ann")
+    assert engine._scoring("ema", "ann") is own, "a version without an average is where one begins"
+    assert engine._scoring("ema", "ben") is average
+    owns = await engine.add_adapter(3, folder(tmp_path, "3"))
+    engine.switch(owns, "ann", await engine.add_adapter(3, folder(tmp_path, "3-average")))
+    assert engine._scoring("ema", "ann").folder.name == "3-average"
+    assert engine.adapter("ann") is owns, "which answers"
+    engine.switch(None, "ann")
+    engine.switch(None)
+    await asyncio.sleep(0.05)
+    assert engine._llm.loaded == []
+
+
 async def test_a_users_version_does_not_wait_for_a_place(engine, tmp_path):
     """Where each user has an adapter, all places are taken all the time."""
     held = [await engine.add_adapter(number, folder(tmp_path, str(number)), patient=False) for number in (1, 2)]

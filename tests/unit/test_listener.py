@@ -12,7 +12,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from clawrl.serving.listener import ClientGone, InTurn, Listener, while_connected
-from jobs.chaos.target import free_port
+from jobs import free_port
 
 
 class Busy:

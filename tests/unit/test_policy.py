@@ -118,7 +118,7 @@ class Users:
         self.policy = replica(monkeypatch, self)  # type: ignore[arg-type]
         self.policy._engine, self.policy._meeting, self.policy._reporting = self, {}, set()  # type: ignore[assignment]
         self.policy._adapters, self.policy._personal = SimpleNamespace(), True  # type: ignore[assignment]
-        self.policy._write_adapter = lambda publication, buckets: publication.number  # type: ignore[assignment]
+        self.policy._write_adapters = lambda publication, buckets: [publication.number]  # type: ignore[assignment]
 
     def __getattr__(self, name: str) -> Any:
         return SimpleNamespace(remote=getattr(self, f"_{name}"))
@@ -150,7 +150,7 @@ class Users:
     async def canary_logprobs(self, canary: Canary, adapter: int | None) -> tuple[np.ndarray, ...]:
         return (np.array([-2.0 - (adapter or 0)], np.float32),)
 
-    def switch(self, adapter: int | None, scope: str) -> None:
+    def switch(self, adapter: int | None, scope: str, average: int | None = None) -> None:
         self.switched.append((scope, adapter))
 
 

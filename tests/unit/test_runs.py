@@ -14,7 +14,7 @@ from clawrl.errors import ConfigError
 from clawrl.journal.store import JournalStore
 from clawrl.main import System, check, open_run
 from clawrl.types import Erasure, VersionEvent, WeightVersion
-from jobs.chaos.target import free_port
+from jobs import free_port
 
 
 def config(root: Path, **changed) -> Config:

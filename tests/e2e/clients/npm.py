@@ -20,7 +20,7 @@ from typing import Any
 from websockets.exceptions import WebSocketException
 from websockets.sync.client import connect
 
-from jobs.chaos.target import free_port
+from jobs import free_port
 
 NODE = "node@24.21.0"
 """First, since OpenClaw's installation runs on it: it refuses what is older than 24.16."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,17 @@ def loaded(folder: Path, **options: Any) -> Any:
     return PeftModel.from_pretrained(base, str(folder)).merge_and_unload() if adapted else base
 
 
+@cache
+def scorer(model: str) -> TokenScorer:
+    return TokenScorer(loaded(Path(model), attn_implementation=ATTENTION), logit_chunk=64)
+
+
 def scored(model: str, prompt_ids: np.ndarray, completion_ids: np.ndarray) -> np.ndarray:
     """The trainer's own log-probabilities of a reply, f32[T], with the weights, or the adapter, in a folder."""
     token_ids = np.concatenate([prompt_ids, completion_ids]).astype(np.int64)
     positions = np.arange(len(prompt_ids) - 1, len(token_ids) - 1)
-    scorer = TokenScorer(loaded(Path(model), attn_implementation=ATTENTION), logit_chunk=64)
     with torch.no_grad():
-        out = scorer(
+        out = scorer(model)(
             torch.from_numpy(token_ids),
             torch.arange(len(token_ids)),
             [0, len(token_ids)],

@@ -335,7 +335,7 @@ class Engine:
                 new.current = True
             if before is not None and before is not new:
                 before.current = False
-                self._unload_if_idle(before)
+                self.unload_if_idle(before)
 
     @contextmanager
     def _held(self, adapter: Adapter | None) -> Iterator[dict[str, Any]]:
@@ -352,9 +352,10 @@ class Engine:
             if not adapter.requests:
                 self._asked.discard(adapter)
                 self._let_go.set()
-                self._unload_if_idle(adapter)
+                self.unload_if_idle(adapter)
 
-    def _unload_if_idle(self, adapter: Adapter) -> None:
+    def unload_if_idle(self, adapter: Adapter) -> None:
+        """Let an adapter go that nobody is served by, nor will be; soon, and not at once (see UNLOAD_AFTER_S)."""
         if not adapter.requests and not adapter.current:
             task = asyncio.create_task(self._unload(adapter))
             self._unloading.add(task)

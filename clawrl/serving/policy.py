@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import shutil
 import time
 import uuid
 from collections import defaultdict
@@ -28,7 +29,7 @@ from clawrl.config import LoraSection, PolicySection
 from clawrl.errors import PolicyError
 from clawrl.observe import metric
 from clawrl.serving.capture import Finished, Recorder, Refused
-from clawrl.serving.engine import Engine, Scorer, start_engine
+from clawrl.serving.engine import Adapter, Engine, Scorer, start_engine
 from clawrl.serving.layers import Layer, layers
 from clawrl.types import EMA, GROUP, Publication, Scores, Swap, Withdrawal
 
@@ -292,13 +293,21 @@ class Policy(Scorer):
 
         So does its moving average, if it has one, which no request gets.
         """
-        adapter = average = None
+        folders: list[Path] = []
         if publication.adapter is not None:
             folders = await asyncio.to_thread(self._write_adapters, publication, buckets)
-            number, patient = publication.number, not self._personal
-            adapter, *averages = [await self._engine.add_adapter(number, each, patient=patient) for each in folders]
-            average = averages[0] if averages else None
-        after = await self._engine.canary_logprobs(publication.canary, adapter)
+        added: list[Adapter] = []
+        try:
+            for each in folders:
+                added.append(await self._engine.add_adapter(publication.number, each, patient=not self._personal))
+            adapter, average = [*added, None, None][:2]
+            after = await self._engine.canary_logprobs(publication.canary, adapter)
+        except BaseException:
+            for each in added:
+                self._engine.unload_if_idle(each)
+            for each in folders[len(added) :]:
+                shutil.rmtree(each, ignore_errors=True)
+            raise
         self._engine.switch(adapter, publication.scope, average)
         return after, 0.0
 

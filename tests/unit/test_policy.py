@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -162,6 +163,30 @@ async def test_a_user_is_met_once_and_served_their_own_from_the_first_request(mo
     await users.policy._meet("ann")
     await asyncio.gather(*users.policy._reporting)
     assert sorted(users.calls) == [("meet", "ann"), ("meet", "ben"), ("report", 4)]
+
+
+async def test_what_fails_on_its_way_in_leaves_nothing(monkeypatch, tmp_path):
+    """The version is asked for again, and written into new folders."""
+    users = Users(monkeypatch)
+    folders = [tmp_path / name for name in ("adapter", "average")]
+    dropped: list[Any] = []
+
+    async def add_adapter(version: int, folder: Path, *, patient: bool) -> str:
+        if folder.name == "average":
+            raise RuntimeError("no memory")
+        return folder.name
+
+    def write(publication: Publication, buckets: Any) -> list[Path]:
+        for each in folders:
+            each.mkdir()
+        return folders
+
+    users.policy._write_adapters = write  # type: ignore[assignment]
+    users.add_adapter, users.unload_if_idle = add_adapter, dropped.append  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="no memory"):
+        await users.policy._switch_adapter(Publication(4, 1, CANARY, {}, "ann"), [])
+    assert (dropped, [each.name for each in tmp_path.iterdir()]) == (["adapter"], ["adapter"])
+    assert users.switched == []
 
 
 async def test_a_met_users_versions_are_followed_and_withdrawn(monkeypatch):

@@ -13,6 +13,7 @@ from typing import Any
 
 import docker_daemon
 import pytest
+from lacking import lacking
 from plain_user import Package, Remote
 
 from envs.sandbox import SandboxSpec
@@ -25,11 +26,6 @@ PLAIN_USER = 64321
 MIB = 1 << 20
 SECRET = f"secret-{secrets.token_hex(8)}"
 """In this process's environment, and in files of this machine; never to be seen inside."""
-
-
-def lacking(reason: str) -> None:
-    """A part of the system is missing: on a user's machine the test is skipped, in CI it fails."""
-    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
 
 
 @pytest.fixture(scope="session")

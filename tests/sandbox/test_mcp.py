@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import lacking
 from gymnasium.utils.env_checker import check_env
+from lacking import lacking
 
 from clawrl.errors import EnvError
 from clawrl.rollout.env import message_of, split_of

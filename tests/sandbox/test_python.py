@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from conftest import lacking
 from gymnasium.utils.env_checker import check_env
+from lacking import lacking
 
 from clawrl.errors import EnvError
 from clawrl.rollout.env import message_of

@@ -20,18 +20,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayError
+from ray.exceptions import RayError
 
 from clawrl.config import PoolSection
 from clawrl.observe import metric
 from clawrl.rollout.attempt import CLOSE_S, Health
-from clawrl.rollout.post import Post
+from clawrl.rollout.post import RETRY_S, Post, insisted
 
 log = logging.getLogger(__name__)
 
 START_S = 600.0
 """A worker may wait so long for its share of the cluster and for its process; then another asks anew."""
-RETRY_S = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -133,11 +132,12 @@ class Crew:
         try:
             while not worker.leaving:
                 async with asyncio.timeout(wait_s):
-                    worker.health = await _answer(worker.actor)
+                    health: Health = await insisted(worker.actor.ping.remote)
+                worker.health = health
                 if not worker.up:
                     worker.up, worker.busy_at = True, time.monotonic()
                     self._changed.set()
-                self._let_go(worker, worker.health)
+                self._let_go(worker, health)
                 wait_s = self._settings.heartbeat_s
                 await asyncio.sleep(min(wait_s, self._settings.idle_s))
         except (RayError, TimeoutError) as error:
@@ -163,15 +163,6 @@ class Crew:
         task = asyncio.create_task(_dismiss(worker))
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
-
-
-async def _answer(actor: Any) -> Health:
-    """What it says to a ping; asked again where the network does not reach it. Raises RayError once it is dead."""
-    while True:
-        try:
-            return await actor.ping.remote()
-        except ActorUnavailableError:
-            await asyncio.sleep(RETRY_S)
 
 
 async def _dismiss(worker: Worker) -> None:

@@ -59,11 +59,11 @@ class Post:
         while self._outgoing:
             await asyncio.sleep(0)  # who gets a seat at the same time goes along
             attempts, self._outgoing = self._outgoing, []
-            await _insisted(self._actor.begin.remote, *attempts)
+            await insisted(self._actor.begin.remote, *attempts)
 
     async def _collect(self) -> None:
         while self._waiting:
-            episodes: list[Episode] = await _insisted(self._actor.ended.remote, self._taken)
+            episodes: list[Episode] = await insisted(self._actor.ended.remote, self._taken)
             self._taken = [episode.session for episode in episodes]
             for episode in episodes:
                 future = self._waiting.get(episode.session)
@@ -72,8 +72,8 @@ class Post:
             await asyncio.sleep(0)  # they go on, and may have more to send
 
 
-async def _insisted(call: Callable[..., Any], *given: Any) -> Any:
-    """The answer; asked for again where the network did not bring it."""
+async def insisted(call: Callable[..., Any], *given: Any) -> Any:
+    """The actor's answer; asked for again where the network did not bring it. Raises RayError once it is dead."""
     while True:
         try:
             return await call(*given)

@@ -162,11 +162,11 @@ def test_nothing_is_left_after_close_nor_after_a_kill(other, home):
     assert threading.active_count() == threads  # the one event loop, of all servers
     assert _processes() == others
     program = (
-        "import sys, time; sys.path[:0] = sys.argv[1:2]\nfrom test_mcp import *\n"
-        "env = make(servers={'notes': notes()}, tasks=sys.argv[2], files={'/opt/notes.py': NOTES}, image='base')\n"
+        "import sys, time; sys.path[:0] = sys.argv[1:3]\nfrom test_mcp import *\n"
+        "env = make(servers={'notes': notes()}, tasks=sys.argv[3], files={'/opt/notes.py': NOTES}, image='base')\n"
         "env.reset(); print('ready', flush=True); time.sleep(60)"
     )
-    words = [sys.executable, "-c", program, str(NOTES.parent), str(other["tasks"])]
+    words = [sys.executable, "-c", program, str(NOTES.parent), str(NOTES.parents[1]), str(other["tasks"])]
     with subprocess.Popen(words, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as owner:
         assert owner.stdout is not None
         assert owner.stdout.readline() == b"ready\n"

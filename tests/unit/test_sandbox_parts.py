@@ -1,8 +1,11 @@
 """The parts of envs/sandbox that compute: output, Dockerfiles, limits, filters, labels, tars, what doctor shows."""
 
 import io
+import os
 import struct
+import subprocess
 import tarfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,7 +14,7 @@ from clawrl.cli import main
 from clawrl.errors import SandboxError
 from envs.sandbox import cgroups, dockerfile, labels, probe, seccomp, tars
 from envs.sandbox.shells import _certain
-from envs.sandbox.streams import HeadTail
+from envs.sandbox.streams import HeadTail, LocalProcess, exchange
 
 
 def test_threads_that_try_limits_at_once_agree():
@@ -146,3 +149,27 @@ def test_doctor_shows_what_was_found(monkeypatch, capsys):
     assert main(["doctor", "--json"]) == 0
     facts[1] = probe.Fact("backend bwrap", "missing", "no bwrap")
     assert main(["doctor", "--json"]) == 1
+
+
+class Hasty(LocalProcess):
+    """Ends while it is asked whether it has, right after its last words."""
+
+    def ended(self) -> bool:
+        if self.child.poll() is None:
+            assert self.child.stdin is not None
+            os.write(self.child.stdin.fileno(), b"go\n")
+            self.child.wait()
+        return True
+
+    def end_descriptor(self) -> None:
+        return None
+
+
+def test_last_words_are_heard_however_late_the_end_is_seen():
+    shell = ["sh", "-c", "read go; echo bye"]
+    process = Hasty(subprocess.Popen(shell, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+    heard: list[bytes] = []
+    until = time.monotonic() + 20
+    assert exchange(process, b"", until, lambda _, data: bool(heard.append(data)), close_input=False)
+    assert b"".join(heard) == b"bye\n"
+    process.close()

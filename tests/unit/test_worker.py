@@ -150,8 +150,8 @@ async def test_a_reset_that_takes_too_long_has_no_outcome(start):
 
 
 async def test_a_call_that_hangs_keeps_its_own_thread_only(start):
-    trouble = {"trouble": "nap", "naps": 4.0, "once": True}
-    working = start(trouble, max_seconds=1.5, max_grade_seconds=0.2, max_close_seconds=0.1)
+    trouble = {"trouble": "nap", "naps": 7.0, "once": True}
+    working = start(trouble, max_seconds=3.0, max_grade_seconds=0.2, max_close_seconds=0.1)
     episodes = await made(working, "a", "b", "c")
     assert sorted(each.status for each in episodes) == ["done", "done", "timeout"]
     while not (await working.ping()).hung:  # noqa: ASYNC110

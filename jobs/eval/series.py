@@ -72,6 +72,7 @@ def add_options(parser: argparse.ArgumentParser, *, words: str, arms: str, seeds
         metavar="CPU=N,GPU=N",
         help="make runs side by side on the Ray cluster at RAY_ADDRESS, or on this machine: what each takes of it",
     )
+    parser.add_argument("--made", action="store_true", help="make no run: report on those that there are")
     parser.add_argument("--json", metavar="FILE", help="write the findings there too")
     parser.add_argument(
         "--out", metavar="NAME", help="NAME.md, NAME.json and NAME.png (default: in the state's folder)"
@@ -156,7 +157,8 @@ def _make(
     left = [(arm, seed) for arm, seed in plan.runs if kept[arm.name, seed] is None]
     _say(f"{len(plan.runs)} runs, {len(plan.runs) - len(left)} of them made already; state in {state.name}")
     if left:
-        _say(f"to make: {names_of(left)}")
+        _say(f"{'missing' if options.made else 'to make'}: {names_of(left)}")
+    left = [] if options.made else left
     runs = [
         Run(
             state / folder_name(arm, seed),

@@ -226,6 +226,9 @@ def test_a_run_that_failed_loses_only_itself_and_is_made_again(made, tmp_path, c
     assert [(run["arm"], run["seed"]) for run in told["runs"]] == [("outcome", 0), ("process", 0), ("outcome", 1)]
 
     made.clear()
+    assert evaluate(tmp_path, "--made") == 0
+    assert made == []
+    assert len(json.loads((tmp_path / "x.json").read_text())["runs"]) == 3
     (tmp_path / "mended").touch()
     assert evaluate(tmp_path) == 0
     assert made == ["process1"]

@@ -564,6 +564,11 @@ class Config(Section):
                 "learning.teacher=ema scores with a second adapter in the policy's engine, and there is no [lora] "
                 "section; add one (lora.rank=16), or set learning.teacher=frozen or current"
             )
+        if self.learning.teacher == "ema" and self.lora is not None and self.lora.in_batch < 4:
+            raise ValueError(
+                f"lora.in_batch={self.lora.in_batch} is too little for learning.teacher=ema: a version, its average "
+                "and those that follow them are asked for at once; set lora.in_batch=4 or more"
+            )
         if (self.learning.teacher == "external") != (self.teacher.url is not None):
             raise ValueError(
                 f"learning.teacher={self.learning.teacher} and teacher.url={self.teacher.url} do not go together; "

@@ -28,7 +28,7 @@ PolicyScope = Literal["group", "user", "hierarchy"]
 ScoringWeights = Literal["frozen", "current", "ema"]
 """Whose log-probabilities: the model as configured, the version of the moment, or the moving average beside it."""
 EMA = "ema/"
-"""So begin the names of a version's tensors that are its moving average, which teaches and answers nobody."""
+"""So begin the names of a version's tensors that are its moving average, which teaches, and answers nobody."""
 
 GROUP = ""
 """The scope of the policy that everyone has together; any other is the name of the user who alone has it."""

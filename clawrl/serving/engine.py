@@ -46,7 +46,7 @@ class Adapter:
     request: Any  # vLLM's LoRARequest
     folder: Path
     requests: int = 0  # in work
-    current: bool = False  # somebody's new requests are answered with it
+    current: bool = False  # somebody's new requests are answered with it, or scored by it
 
 
 class Engine:

@@ -322,11 +322,16 @@ class Policy(Scorer):
         found = {name: each for ref in buckets for name, each in tensors(ray.get(ref), torch.device("cpu"))}
         average = {name.removeprefix(EMA): found.pop(name) for name in list(found) if name.startswith(EMA)}
         folders: list[Path] = []
-        for weights in (found, average) if average else (found,):
-            folders.append(self._adapters.folder / f"{publication.number}-{uuid.uuid4().hex}")
-            folders[-1].mkdir(parents=True)
-            save_file(weights, folders[-1] / "adapter_model.safetensors")
-            (folders[-1] / "adapter_config.json").write_text(json.dumps(publication.adapter), encoding="utf-8")
+        try:
+            for weights in (found, average) if average else (found,):
+                folders.append(self._adapters.folder / f"{publication.number}-{uuid.uuid4().hex}")
+                folders[-1].mkdir(parents=True)
+                save_file(weights, folders[-1] / "adapter_model.safetensors")
+                (folders[-1] / "adapter_config.json").write_text(json.dumps(publication.adapter), encoding="utf-8")
+        except Exception:  # a full disk: it is tried again soon
+            for each in folders:
+                shutil.rmtree(each, ignore_errors=True)
+            raise
         return folders
 
 

@@ -110,7 +110,7 @@ def read_buckets(folder: Path, bucket_bytes: int) -> Iterator[Bucket]:
 def require_whole(folder: Path) -> None:
     """Raise WeightSyncError, naming the file, if a version's checkpoint is not all there. Tensors are not read."""
     files = {file.name for file in folder.glob("*.safetensors")}
-    if not files:
+    if not files - {_AVERAGE}:
         raise WeightSyncError(f"checkpoint {folder} has no *.safetensors file; restore the folder or roll back")
     index = folder / "model.safetensors.index.json"
     with boundary(WeightSyncError, f"checkpoint file {index} cannot be read; restore it or roll back"):

@@ -76,12 +76,15 @@ class TrainerCheckpoints:
         return box[0]
 
     def load(self, line: Sequence[int], state: dict[str, Tensor], scope: str = GROUP) -> bool:
-        """Restore the state of version line[0] in place.
+        """Restore the state of version line[0] in place; averages that it lacks stay as they are.
 
         False, with a log line, if it cannot be read whole; then the tensors may hold anything.
         """
         try:
-            load_shards(state, storage_reader=FileSystemReader(self._of(line, scope)))
+            reader = FileSystemReader(self._of(line, scope))
+            there = reader.read_metadata().state_dict_metadata
+            wanted = {key: each for key, each in state.items() if key in there or not key.endswith("/average")}
+            load_shards(wanted, storage_reader=reader)
         except (CheckpointException, OSError) as error:
             logger.warning("event=moments_anew version=%d reason=%r", line[0], _short(error))
             return False

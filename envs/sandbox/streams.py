@@ -121,11 +121,10 @@ def exchange(
     """
     waiting = memoryview(data)
     leftover = float("inf")
-    quiet = ended = False
+    ended = False
     while True:
         if not waiting and close_input and process.input() is not None:
             process.close_input()
-        ended = ended or (quiet and process.ended())  # known first, so that the look that follows finds its last words
         ready = _ready(process, bool(waiting), 0.0 if ended else deadline)
         for descriptor in ready:
             if descriptor == process.input() and waiting:
@@ -140,12 +139,13 @@ def exchange(
         if not list(process.outputs()) and not (waiting and process.input() is not None):
             return _await_end(process, deadline)
         busy = any(each in process.outputs() for each in ready)
-        quiet = not busy or process.end_descriptor() in ready
         if ended:
             leftover = min(leftover, time.monotonic() + LEFTOVER)
             if not busy or time.monotonic() > leftover:
                 return True
-        if time.monotonic() >= deadline:
+        elif (not busy or process.end_descriptor() in ready) and process.ended():
+            ended = True  # its last words may have come since the look: there is one more
+        elif time.monotonic() >= deadline:
             return False
 
 

@@ -17,7 +17,7 @@ VERBS = {"pools": pools, "personal": personal}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code: 0 all runs came to an end, 1 some did not, 2 wrong use or config, 130 interrupted."""
+    """Exit code: 0 all runs to be made came to an end, 1 some did not, 2 wrong use or config, 130 interrupted."""
     given = sys.argv[1:] if arguments is None else arguments
     verbs = argparse.ArgumentParser(prog="python -m jobs.eval", description="What learning brings, over several runs.")
     verbs.add_argument("verb", choices=list(VERBS), help="what is evaluated; `VERB --help` tells its options")

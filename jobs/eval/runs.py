@@ -15,13 +15,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clawrl.errors import ClawrlError
+from clawrl.errors import ClawrlError, ConfigError
 from jobs import free_port
 
 RESULT = "result.json"
@@ -44,6 +45,7 @@ class Run:
     arguments: tuple[str, ...]
     label: str
     codes: Sequence[int] = (0,)
+    cwd: Path = field(default_factory=Path.cwd)  # what paths in the arguments are relative to
 
 
 def side_by_side(runs: Sequence[Run], each: Mapping[str, float]) -> Iterator[tuple[int, dict[str, Any] | RunFailed]]:
@@ -51,12 +53,16 @@ def side_by_side(runs: Sequence[Run], each: Mapping[str, float]) -> Iterator[tup
 
     As many are made at a time as have room on the Ray cluster at RAY_ADDRESS, or on one that is started on this
     machine; `each` takes so much of it (`CPU`, `GPU`, resources of its own). A run has the port that its machine gives
-    it. Its log stays there, and its result comes here too.
+    it. Its log stays there, and its result comes here too. Raises ConfigError if no machine has so much.
     """
     import ray
     from ray.exceptions import RayError
 
+    handler = signal.getsignal(signal.SIGTERM)
     with ray.init(address=os.environ.get("RAY_ADDRESS", "local"), logging_level=logging.ERROR):
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray has put its own in the place of the program's
+        _require_room([node["Resources"] for node in ray.nodes() if node["Alive"]], each)
         others = {name: amount for name, amount in each.items() if name not in ("CPU", "GPU")}
         task = ray.remote(_make_there).options(
             num_cpus=each.get("CPU", 1), num_gpus=each.get("GPU", 0), resources=others, max_retries=0
@@ -75,12 +81,27 @@ def side_by_side(runs: Sequence[Run], each: Mapping[str, float]) -> Iterator[tup
                 yield number, result
 
 
+def _require_room(nodes: Sequence[Mapping[str, float]], each: Mapping[str, float]) -> None:
+    if not any(all(node.get(name, 0) >= amount for name, amount in each.items()) for node in nodes):
+        wanted = ",".join(f"{name}={amount:g}" for name, amount in each.items())
+        most = {name: max(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
+        raise ConfigError(
+            f"--parallel {wanted}: no machine of the cluster has so much (the largest: CPU={most['CPU']:g}, "
+            f"GPU={most['GPU']:g}); ask for less"
+        )
+
+
 def _make_there(run: Run) -> dict[str, Any]:
     """Ray task. What its process says of Ray is the cluster's, and not that of the run, which starts its own."""
     for name in [name for name in os.environ if name.startswith("RAY_") and name not in OWN_RAY]:
         del os.environ[name]
     arguments = [*run.arguments, f"gateway.port={free_port()}"]
-    return make_run(run.folder, run.job, arguments, lambda line: print(f"[{run.label}] {line}", flush=True), run.codes)
+    os.chdir(run.cwd)
+
+    def say(line: str) -> None:
+        print(f"[{run.label}] {line}", file=sys.stderr, flush=True)
+
+    return make_run(run.folder, run.job, arguments, say, run.codes)
 
 
 def result_of(folder: Path) -> dict[str, Any] | None:

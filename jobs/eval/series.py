@@ -99,7 +99,8 @@ def evaluate(job: Job, plan: Plan, config: Config, options: argparse.Namespace, 
     state = Path(config.run_root).resolve() / f"eval-{job.verb}-{digest(config, plan, source)}"
     results, failures = _make(job, plan, options, state, source, known)
     if not results:
-        print(f"eval: no run came to an end; {'; '.join(failures.values())}", file=sys.stderr)
+        why = "; ".join(failures.values()) or "none is made yet"
+        print(f"eval: no run came to an end; {why}", file=sys.stderr)
         return 1
     circumstances = {
         "command": command,
@@ -169,7 +170,7 @@ def _make(
         )
         for arm, seed in left
     ]
-    for index, outcome in side_by_side(runs, options.parallel) if options.parallel else _in_turn(runs):
+    for index, outcome in side_by_side(runs, options.parallel) if options.parallel and runs else _in_turn(runs):
         (arm, seed), label = left[index], runs[index].label
         if isinstance(outcome, RunFailed):
             failures[label] = str(outcome)

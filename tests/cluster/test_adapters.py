@@ -13,6 +13,7 @@ from clawrl.training.adapter import description
 from clawrl.training.checkpoint import export_checkpoint, read_buckets, require_whole, write_adapter
 from clawrl.training.learner import Learner
 from clawrl.training.rank import canary_sequences
+from clawrl.training.resume import TrainerCheckpoints
 from clawrl.types import EMA, Canary, Sample
 
 pytestmark = pytest.mark.cluster
@@ -106,6 +107,9 @@ def test_the_moving_average_travels_with_its_version(alone, tmp_path):  # noqa: 
     learner.update(batch(), 3)
     learner.load(read_buckets(folder, 30_000))
     assert same(parts(learner), (weights, average))
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(WeightSyncError, match="has no"):
+        require_whole(folder)
 
     write_adapter(folder, [each for each in make(alone).buckets(40_000) if each], description(LORA, BASE), canary)
     learner.load(read_buckets(folder, 30_000))
@@ -113,6 +117,19 @@ def test_the_moving_average_travels_with_its_version(alone, tmp_path):  # noqa: 
     learner.update(batch(), 3)
     learner.load([])
     assert same(parts(learner), parts(make(alone, learning=averaging)))
+
+
+def test_an_average_may_begin_in_the_middle_of_a_run_of_16_bits(alone, tmp_path):  # noqa: F811
+    """The state that was saved without it is taken as it is: moments, and weights of float32."""
+    states, half = TrainerCheckpoints(tmp_path, every=1), make(alone, dtype="bfloat16")
+    half.update(batch(), 0)
+    states.save((1, 0), half.state())
+    averaging = make(alone, learning=LEARNING.model_copy(update={"teacher": "ema"}), dtype="bfloat16")
+    averaging.load([each for each in half.buckets(1 << 30) if each])
+    assert any(name.endswith("/average") for name in averaging.state())
+    assert states.load((1, 0), averaging.state())
+    expected, found = half.state(), averaging.state()
+    assert all(torch.equal(each, found[name]) for name, each in expected.items())
 
 
 def parts(learner: Learner) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

@@ -210,6 +210,8 @@ def test_the_policys_engine_judges_only_where_versions_are_adapters():
     assert config.lora.rank == 8
     with pytest.raises(ConfigError, match=r"learning\.teacher=ema .*add one \(lora\.rank=16\), or set .*frozen"):
         load_config(None, ["learning.teacher=ema"])
+    with pytest.raises(ConfigError, match=r"lora\.in_batch=3 is too little .* set lora\.in_batch=4 or more"):
+        load_config(None, ["learning.teacher=ema", "lora.in_batch=3"])
     assert load_config(None, ["learning.teacher=ema", "lora.rank=8"]).learning.ema_decay == 0.95
     with pytest.raises(ConfigError, match=r"lora\.ranks is not a key; allowed here: alpha, anchor, in_batch, "):
         load_config(None, ["lora.ranks=8"])

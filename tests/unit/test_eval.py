@@ -267,6 +267,14 @@ def test_findings_that_hold_no_runs_are_refused(tmp_path, capsys, text):
     assert "one.json holds no findings with what each run found" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("each", [{"CPU": 9}, {"GPU": 1}, {"CPU": 4, "cpu": 1}])
+def test_more_than_any_machine_has_is_refused(each):
+    nodes = [{"CPU": 8.0, "memory": 1e9}, {"CPU": 4.0}]
+    with pytest.raises(ConfigError, match=r"no machine of the cluster has so much \(the largest: CPU=8, GPU=0\)"):
+        runs._require_room(nodes, each)
+    runs._require_room(nodes, {"CPU": 8})
+
+
 def test_half_a_result_is_none(tmp_path):
     assert runs.result_of(tmp_path) is None
     (tmp_path / runs.RESULT).write_text('{"report": {"po')

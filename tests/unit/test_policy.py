@@ -12,7 +12,7 @@ import pytest
 from clawrl.errors import JournalError, PolicyError, WeightSyncError
 from clawrl.serving import policy
 from clawrl.serving.policy import Policy
-from clawrl.types import GROUP, Canary, Publication, Swap, Withdrawal
+from clawrl.types import EMA, GROUP, Bucket, Canary, Publication, Swap, Withdrawal
 
 CANARY = Canary((np.array([1, 2], np.int32),), (np.array([-2.0], np.float32),))
 
@@ -187,6 +187,26 @@ async def test_what_fails_on_its_way_in_leaves_nothing(monkeypatch, tmp_path):
         await users.policy._switch_adapter(Publication(4, 1, CANARY, {}, "ann"), [])
     assert (dropped, [each.name for each in tmp_path.iterdir()]) == (["adapter"], ["adapter"])
     assert users.switched == []
+
+
+def test_a_full_disk_keeps_no_half_adapter(monkeypatch, tmp_path):
+    replicas = replica(monkeypatch, Store())
+    replicas._adapters = SimpleNamespace(folder=tmp_path)  # type: ignore[assignment]
+    names = ("model.weight", f"{EMA}model.weight")
+    bucket = Bucket(names, ("float32",) * 2, ((2,),) * 2, (np.zeros(2, np.float32),) * 2)
+    monkeypatch.setattr(policy.ray, "get", lambda ref: bucket)
+    written = replicas._write_adapters(Publication(4, 1, CANARY, {"r": 8}), ["ref"])  # type: ignore[list-item]
+    assert [sorted(each.name for each in folder.iterdir()) for folder in written] == [
+        ["adapter_config.json", "adapter_model.safetensors"]
+    ] * 2
+
+    def full(tensors: Any, file: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        replicas._write_adapters(Publication(5, 1, CANARY, {"r": 8}), ["ref"])  # type: ignore[list-item]
+    assert sorted(tmp_path.iterdir()) == sorted(written)
 
 
 async def test_a_met_users_versions_are_followed_and_withdrawn(monkeypatch):

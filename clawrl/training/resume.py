@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,10 @@ class TrainerCheckpoints:
         """
         try:
             reader = FileSystemReader(self._of(line, scope))
-            there = reader.read_metadata().state_dict_metadata
-            wanted = {key: each for key, each in state.items() if key in there or not key.endswith("/average")}
-            load_shards(wanted, storage_reader=reader)
+            with suppress(Exception):  # damage is told below, to all ranks alike
+                there = reader.read_metadata().state_dict_metadata
+                state = {key: each for key, each in state.items() if key in there or not key.endswith("/average")}
+            load_shards(state, storage_reader=reader)
         except (CheckpointException, OSError) as error:
             logger.warning("event=moments_anew version=%d reason=%r", line[0], _short(error))
             return False

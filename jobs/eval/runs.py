@@ -97,11 +97,12 @@ def _make_there(run: Run) -> dict[str, Any]:
         del os.environ[name]
     arguments = [*run.arguments, f"gateway.port={free_port()}"]
     os.chdir(run.cwd)
+    return make_run(run.folder, run.job, arguments, prefixed(run.label), run.codes)
 
-    def say(line: str) -> None:
-        print(f"[{run.label}] {line}", file=sys.stderr, flush=True)
 
-    return make_run(run.folder, run.job, arguments, say, run.codes)
+def prefixed(label: str) -> Callable[[str], None]:
+    """What says a run's lines to whoever looks on, each with the run's name before it."""
+    return lambda line: print(f"[{label}] {line}", file=sys.stderr, flush=True)
 
 
 def result_of(folder: Path) -> dict[str, Any] | None:

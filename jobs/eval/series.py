@@ -25,7 +25,7 @@ from clawrl.errors import ConfigError
 from jobs.eval import findings, picture
 from jobs.eval.findings import Reports
 from jobs.eval.plan import Arm, Plan, digest, folder_name, names_of
-from jobs.eval.runs import Run, RunFailed, commit, make_run, result_of, side_by_side
+from jobs.eval.runs import Run, RunFailed, commit, make_run, prefixed, result_of, side_by_side
 
 _PLACES = ("run_root=", "run=", "gateway.")
 """Overrides that say where a run is, and not what."""
@@ -194,7 +194,7 @@ def _in_turn(runs: Sequence[Run]) -> Iterator[tuple[int, dict[str, Any] | RunFai
         rest = (time.monotonic() - started) / number * (len(runs) - number) / 60 if number else None
         _say(f"run {number + 1} of {len(runs)}: {run.label}{'' if rest is None else f', about {rest:.0f} min left'}")
         try:
-            yield number, make_run(run.folder, run.job, run.arguments, _prefixed(run.label), run.codes)
+            yield number, make_run(run.folder, run.job, run.arguments, prefixed(run.label), run.codes)
         except RunFailed as error:
             yield number, error
 
@@ -245,10 +245,6 @@ def _outcome(report: Mapping[str, Any]) -> str:
         f"{part['pool']} {share(part['before']['solved'])} → {share(part['after']['solved'])}"
         for part in report["pools"]
     )
-
-
-def _prefixed(label: str) -> Any:
-    return lambda line: print(f"[{label}] {line}", file=sys.stderr, flush=True)
 
 
 def _say(line: str) -> None:

@@ -113,7 +113,9 @@ class Server:
             return
         why = f"it gave no list of tools within {seconds:g} s"
         if in_time:
-            why = self.ended() or f"{type(self._failure).__name__}: {_innermost(self._failure)}"
+            first = _first(self._failure)
+            closed = isinstance(first, MCPError) and first.code == mcp_types.CONNECTION_CLOSED
+            why = (self._end() if closed else self.ended()) or f"{type(first).__name__}: {_said(first)}"
         said = self._pipes.said.text().strip()[-500:]
         command = " ".join([self.spec.command, *self.spec.args])
         raise EnvError(
@@ -135,7 +137,7 @@ class Server:
                 return f"error: server {self.spec.name} is gone: {self._end() or 'it closed its output'}"
             return f"error: {tool}: {error}"
         except Exception as error:  # an answer that is no MCP, too
-            return f"error: {tool}: {type(error).__name__}: {_innermost(error)}"
+            return f"error: {tool}: {type(error).__name__}: {_said(_first(error))}"
 
     def ended(self) -> str | None:
         """How the process ended; None while it goes on."""
@@ -227,9 +229,13 @@ def _message(line: bytes) -> SessionMessage | Exception:
         return error
 
 
-def _innermost(error: BaseException | None) -> str:
+def _first(error: BaseException | None) -> BaseException | None:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
+    return error
+
+
+def _said(error: BaseException | None) -> str:
     return " ".join(str(error).split())[:300]
 
 

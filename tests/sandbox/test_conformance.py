@@ -69,7 +69,7 @@ def test_a_command_that_takes_too_long_is_killed_with_its_descendants(sandbox):
     started = time.monotonic()
     result = sandbox.exec("(sleep 300 & sleep 300); sleep 300", timeout=0.5)
     assert (result.code, result.timed_out) == (None, True)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 100
     assert sandbox.exec("pgrep -fc '[s]leep 300'").output.strip() == "0"
 
 

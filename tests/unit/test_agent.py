@@ -99,10 +99,10 @@ async def test_too_many_turns_are_graded_as_it_stands():
 
 
 async def test_too_much_time_is_graded_as_it_stands():
-    episode = await run_episode(CountEnv(), ATTEMPT, Scripted(seconds=5), Limits(seconds=0.1))
+    episode = await run_episode(CountEnv(), ATTEMPT, Scripted(seconds=60), Limits(seconds=0.1))
     assert (episode.status, episode.outcome) == ("timeout", 0.0)
     assert "longer than 0.1 s" in episode.reason
-    assert episode.seconds < 4
+    assert episode.seconds < 40
 
 
 async def test_an_action_under_way_at_the_time_limit_ends_before_the_verdict():

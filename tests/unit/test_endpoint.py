@@ -99,7 +99,7 @@ async def test_insisting_ends_in_time_and_tells_why(elsewhere):
     started = time.monotonic()
     with pytest.raises(JudgeError, match=r"within 1 s \(HTTP 429: busy\)") as caught:
         await Endpoint(elsewhere.settings(), 1).post(f"{elsewhere.url}/x", {})
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 10
     assert not isinstance(caught.value, RefusedError)
     assert len(elsewhere.asked) > 2
     elsewhere.answers = [(200, {}, lambda _: time.sleep(3) or {})]

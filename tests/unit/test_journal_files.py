@@ -229,7 +229,7 @@ class TestPostgres:
         try:
             started = time.monotonic()
             outcomes = store.commit([store.appending(turn(str(number))) for number in range(20)])
-            assert time.monotonic() - started < 2
+            assert time.monotonic() - started < 5
             assert all(isinstance(outcome, JournalError) for outcome in outcomes)
             with pytest.raises(JournalError, match="cannot be read"):
                 store.turn("1")

@@ -97,9 +97,9 @@ def test_every_hint_is_part_of_all_its_pattern_can_match():
 
 def test_long_texts_are_quick():
     text = "The quick brown fox jumps over sk-lazy dogs, Bearer of eyJ news. " * 20_000  # 1.3 MB
-    started = time.perf_counter()
+    started = time.thread_time()
     assert redactor().text(text) == text
-    assert time.perf_counter() - started < 1.0
+    assert time.thread_time() - started < 1.0
 
 
 @pytest.mark.parametrize(
@@ -123,9 +123,9 @@ def test_long_texts_are_quick():
 )
 def test_a_text_that_is_all_beginnings_is_quick(start):
     text = "PRIVATE KEY Bearer " + start * (200_000 // len(start))
-    started = time.perf_counter()
+    started = time.thread_time()
     redactor().text(text)
-    assert time.perf_counter() - started < 1.0
+    assert time.thread_time() - started < 1.0
 
 
 def test_patterns_of_ones_own_replace_the_default():

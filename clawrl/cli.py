@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from clawrl.commands import doctor, forget, journal, judge, keys, play, sessions, train_judge, versions
+from clawrl.commands import doctor, forget, journal, judge, keys, play, quantize, sessions, train_judge, versions
 from clawrl.commands.client import add_url, get, nobody
 from clawrl.config import load_config
 from clawrl.errors import ClawrlError, ConfigError
@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     sessions.add(commands)
     judge.add(commands)
     train_judge.add(commands)
+    quantize.add(commands)
     doctor.add(commands)
     play.add(commands)
     return parser

@@ -44,6 +44,7 @@ from clawrl.serving.reward_model import require_reward_model
 from clawrl.serving.teacher import OutsideTeacher, require_teacher
 from clawrl.training.adapter import require_targets
 from clawrl.training.buffer import ReplayBuffer
+from clawrl.training.quantized import require_served, require_trained
 from clawrl.training.trainer import TrainLoop, run_trainer
 from clawrl.training.watch import Watch
 from clawrl.training.weights import WeightStore
@@ -239,11 +240,13 @@ class System:
 
 def check(config: Config) -> None:
     """What can be known before anything starts. Raises ConfigError with the value and the remedy."""
-    for section, model in (("policy", config.policy.model), ("judge", config.judge.model)):
+    for section, engine in (("policy", config.policy), ("judge", config.judge)):
         try:
-            model_path(model)
+            model_path(engine.model)
         except ConfigError as error:
             raise ConfigError(f"{section}.model: {error}") from None
+        require_served(section, engine)
+    require_trained(config.policy.model, adapters=config.lora is not None)
     if config.lora is not None:
         require_targets(config.lora, config.policy.model)
     for section in (config.judge, config.teacher):

@@ -563,5 +563,6 @@ def _set_environment(settings: EngineSection) -> None:
     )
     if settings.gpus_per_replica == 0:
         os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS=str(settings.threads))
+        os.environ["VLLM_CPU_INT4_W4A8"] = "0"  # else it rounds what weights in 4 bits are multiplied with, too
         if settings.enforce_eager:  # else vLLM compiles its samplers all the same, with g++, for half a minute
             os.environ["TORCHDYNAMO_DISABLE"] = "1"

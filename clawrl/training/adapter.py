@@ -19,7 +19,7 @@ def require_targets(lora: LoraSection, model: str) -> None:
     """Raises ConfigError if the model has no layer of one of the names; one that is not here is not looked at."""
     if not (names := tensor_names(model)):
         return
-    layers = {name.removesuffix(".weight").rpartition(".")[2] for name in names}
+    layers = {name.removesuffix("_packed").removesuffix(".weight").rpartition(".")[2] for name in names}
     if missing := [target for target in lora.targets if target not in layers]:
         known = ", ".join(sorted(name for name in layers if name.endswith(("proj", "_fc", "fc1", "fc2"))))
         raise ConfigError(f"lora.targets: model {model!r} has no layer {missing[0]!r}; it has {known}")

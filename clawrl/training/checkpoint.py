@@ -44,10 +44,8 @@ def write_checkpoint(folder: Path, buckets: Sequence[Bucket], base: Path, canary
     Durable on return: files and folder are synchronised, the folder renamed into place. An older folder of the same
     name, left by a crash before its version was recorded, is replaced.
     """
-    with _appearing(folder) as unfinished:
-        for file in base.iterdir():
-            if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES) and not file.name.startswith("."):
-                shutil.copyfile(file, unfinished / file.name)
+    with appearing(folder) as unfinished:
+        copy_beside_weights(base, unfinished)
         count = len(buckets)
         files = [
             f"model-{i + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors" for i in range(count)
@@ -65,7 +63,7 @@ def write_adapter(folder: Path, buckets: Sequence[Bucket], description: dict[str
 
     Its moving average, where there is one, is another file beside it.
     """
-    with _appearing(folder) as unfinished:
+    with appearing(folder) as unfinished:
         _write_safetensors(unfinished / "adapter_model.safetensors", _joined(buckets, average=False))
         if (average := _joined(buckets, average=True)).names:
             _write_safetensors(unfinished / _AVERAGE, average)
@@ -73,8 +71,15 @@ def write_adapter(folder: Path, buckets: Sequence[Bucket], description: dict[str
         write_canary(unfinished, canary)
 
 
+def copy_beside_weights(model: Path, folder: Path) -> None:
+    """Copy what a model's folder holds beside its weights: configuration, tokenizer, template."""
+    for file in model.iterdir():
+        if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES) and not file.name.startswith("."):
+            shutil.copyfile(file, folder / file.name)
+
+
 @contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
+def appearing(folder: Path) -> Iterator[Path]:
     """A new folder to write into, which takes the place of `folder` once all is on the disk."""
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from clawrl.config import LoraSection
 from clawrl.errors import ConfigError
 from clawrl.training.adapter import inject
+from clawrl.training.packed_linear import keep_packed
 
 ATTENTION = "clawrl_packed"
 RESHARD_ABOVE_PARAMETERS = 500_000_000  # smaller models stay whole between forward and backward: fewer collectives
@@ -55,6 +56,7 @@ class TokenScorer(nn.Module):
         frozen_dtype: torch.dtype = torch.float32,
     ) -> TokenScorer:
         """Read a Hugging Face model as float32 master weights, or in `frozen_dtype` under an adapter that learns.
+        What is in 4 bits stays so (`packed_linear`).
 
         Raises ConfigError if it cannot be trained packed.
         """
@@ -62,7 +64,7 @@ class TokenScorer(nn.Module):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=ATTENTION)
         _require_plain(model, folder)
         if lora is not None:
-            model = inject(model, lora)
+            model = inject(keep_packed(model), lora)
         if activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         return cls(model.train(), logit_chunk)

@@ -24,6 +24,7 @@ from running import STOP_S, Server, stop_server
 from clawrl.config import model_path
 from clawrl.training.checkpoint import read_canary
 from clawrl.training.model import ATTENTION, TokenScorer
+from clawrl.training.packed_linear import keep_packed
 from envs.chat.conversation import evaluate, hold_conversation
 from envs.chat.model_user import ModelUser
 from envs.chat.user import SimulatedUser
@@ -43,29 +44,29 @@ TOOL = {
 }
 
 
-def loaded(folder: Path, **options: Any) -> Any:
-    """A model in float32, with the adapter that the folder holds in its place."""
+def loaded(folder: Path, base: str = "clawrl:tiny", **options: Any) -> Any:
+    """A model in float32; of a folder that holds an adapter, the base with it."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     adapted = (folder / "adapter_config.json").exists()
-    base = AutoModelForCausalLM.from_pretrained(
-        model_path("clawrl:tiny") if adapted else folder, dtype=torch.float32, **options
+    model = keep_packed(
+        AutoModelForCausalLM.from_pretrained(model_path(base) if adapted else folder, dtype=torch.float32, **options)
     )
-    return PeftModel.from_pretrained(base, str(folder)).merge_and_unload() if adapted else base
+    return PeftModel.from_pretrained(model, str(folder)).get_base_model() if adapted else model
 
 
 @cache
-def scorer(model: str) -> TokenScorer:
-    return TokenScorer(loaded(Path(model), attn_implementation=ATTENTION), logit_chunk=64)
+def scorer(model: str, base: str) -> TokenScorer:
+    return TokenScorer(loaded(Path(model), base, attn_implementation=ATTENTION), logit_chunk=64)
 
 
-def scored(model: str, prompt_ids: np.ndarray, completion_ids: np.ndarray) -> np.ndarray:
+def scored(model: str, prompt_ids: np.ndarray, completion_ids: np.ndarray, *, base: str = "clawrl:tiny") -> np.ndarray:
     """The trainer's own log-probabilities of a reply, f32[T], with the weights, or the adapter, in a folder."""
     token_ids = np.concatenate([prompt_ids, completion_ids]).astype(np.int64)
     positions = np.arange(len(prompt_ids) - 1, len(token_ids) - 1)
     with torch.no_grad():
-        out = scorer(model)(
+        out = scorer(model, base)(
             torch.from_numpy(token_ids),
             torch.arange(len(token_ids)),
             [0, len(token_ids)],

@@ -1,0 +1,49 @@
+"""`clawrl quantize`: a model with its weights in 4 bits, to train adapters over (QLoRA).
+
+Knows where it is written. How is `training.quantized`'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from clawrl.errors import ClawrlError, ConfigError
+
+GROUP = 32
+"""As in llama.cpp's 4-bit forms. 128, as many published models have, takes less memory and rounds more."""
+
+
+def add(commands: Any) -> None:
+    """Register the command."""
+    about = "write a model with its weights in 4 bits, rounded to the nearest, to train adapters over (QLoRA)"
+    parser = commands.add_parser("quantize", help=about, description=about)
+    parser.add_argument("model", help="a folder, a name in the Hugging Face cache, or clawrl:tiny")
+    parser.add_argument("out", type=Path, metavar="FOLDER", help="made if need be, never overwritten; for policy.model")
+    parser.add_argument(
+        "--group", type=int, default=GROUP, help="inputs that share a scale, a multiple of 8 (default: %(default)s)"
+    )
+    parser.set_defaults(run=_quantize)
+
+
+def _quantize(options: argparse.Namespace) -> int:
+    folder = options.out.expanduser().resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ClawrlError(f"{folder} is there and not empty; name a new folder")
+    if options.group < 8 or options.group % 8:
+        raise ConfigError(f"--group {options.group} is no multiple of 8, the weights that one number holds")
+    from clawrl.training.quantized import quantize  # compressed-tensors loads only when needed
+
+    print(f"reading {options.model}", file=sys.stderr, flush=True)
+    try:
+        before, after = quantize(options.model, folder, options.group)
+    except OSError as error:
+        raise ClawrlError(f"{folder} cannot be written: {error.strerror or error}") from error
+    print(
+        f"{folder}: {before / 2**20:.1f} MiB of weights became {after / 2**20:.1f}; train adapters over it with "
+        f"[lora] policy.model={folder} policy.dtype=bfloat16 versions.canary_tolerance=0.25",
+        file=sys.stderr,
+    )
+    return 0

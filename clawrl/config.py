@@ -38,10 +38,20 @@ GpuShare = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_sh
 """GPUs of one process: 0 runs on the CPU, below 1 shares a GPU with others, above 1 is a whole number."""
 
 
+def _whole_path(path: str) -> str:
+    return str(Path(path).expanduser().resolve())
+
+
+def lasting_name(model: str) -> str:
+    """A model's name that stands for it in every process, whatever folder that works in."""
+    is_path = model.startswith((".", "/", "~")) or (Path(model) / "config.json").is_file()
+    return _whole_path(model) if is_path else model
+
+
 class EngineSection(Section):
     """What policy and judge share: one vLLM engine per replica."""
 
-    model: str = Field(
+    model: Annotated[str, AfterValidator(lasting_name)] = Field(
         default="clawrl:tiny", description="Hugging Face folder or name; `clawrl:tiny` is the built-in model."
     )
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -196,10 +206,6 @@ class LoraSection(Section):
         if self.in_memory < self.in_batch:
             raise ValueError(f"in_memory={self.in_memory} is less than in_batch={self.in_batch}; raise it")
         return self
-
-
-def _whole_path(path: str) -> str:
-    return str(Path(path).expanduser().resolve())
 
 
 class JudgeSection(EngineSection, EndpointSection):

@@ -27,6 +27,7 @@ from rich.table import Table
 from clawrl.algorithms.calibration import Verdict, calibrate
 from clawrl.commands.client import add_journal, add_json, journal_of
 from clawrl.commands.judge import add_figures
+from clawrl.config import lasting_name
 from clawrl.errors import ClawrlError
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def _counts(labels: Sequence[Label]) -> tuple[int, int]:
 def _fitted(model: str, features: Any, fitted: Sequence[Label], held_out: Sequence[Label]) -> tuple[About, Any]:
     """The head, and what is told of it."""
     from clawrl.algorithms import reward
-    from clawrl.serving.reward_model import About, lasting_name
+    from clawrl.serving.reward_model import About
 
     seen = _read(features, [*fitted, *held_out])
     rows, scores = seen[: len(fitted)], np.array([label.score for label in fitted])

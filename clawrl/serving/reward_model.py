@@ -185,11 +185,6 @@ def write(folder: Path, about: About, head: Head) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def lasting_name(model: str) -> str:
-    """A model's name that stands for it from any folder."""
-    return model_path(model) if model.startswith((".", "/", "~")) else model
-
-
 def _place(model: str) -> str:
     """The same for all names of one model."""
     try:

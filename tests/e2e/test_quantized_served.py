@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def quantized(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    words = (f"policy.model={base}", "policy.dtype=bfloat16", "versions.canary_tolerance=0.25")
+    words = (f"policy.model={os.path.relpath(base)}", "policy.dtype=bfloat16", "versions.canary_tolerance=0.25")
     more = ("buffer.batch_size=16", "versions.keep=50")
     server = start_server(tmp_path_factory.mktemp("quantized"), "--config", str(CONFIG), *words, *more)
     yield server

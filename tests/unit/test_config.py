@@ -202,6 +202,21 @@ def test_model_path(tmp_path):
             model_path(absent)
 
 
+def test_a_models_folder_is_the_same_one_from_anywhere(tmp_path, monkeypatch):
+    """Ray Train's workers have a working directory of their own."""
+    folder = tmp_path / "models" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for name in ("models/mine", "./models/mine", str(folder)):
+        config = load_config(None, [f"policy.model={name}", f"judge.model={name}"])
+        assert config.policy.model == config.judge.model == str(folder.resolve())
+    assert (
+        load_config(None, ["policy.model=Qwen/Qwen3-4B", "judge.model=Qwen/Qwen3-4B"]).policy.model == "Qwen/Qwen3-4B"
+    )
+    assert load_config(None, []).policy.model == "clawrl:tiny"
+
+
 def test_the_policys_engine_judges_only_where_versions_are_adapters():
     with pytest.raises(ConfigError, match=r"judge\.engine=policy .*add a \[lora\] section"):
         load_config(None, ["judge.engine=policy"])

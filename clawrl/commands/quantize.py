@@ -37,10 +37,7 @@ def _quantize(options: argparse.Namespace) -> int:
     from clawrl.training.quantized import quantize  # compressed-tensors loads only when needed
 
     print(f"reading {options.model}", file=sys.stderr, flush=True)
-    try:
-        before, after = quantize(options.model, folder, options.group)
-    except OSError as error:
-        raise ClawrlError(f"{folder} cannot be written: {error.strerror or error}") from error
+    before, after = quantize(options.model, folder, options.group)
     print(
         f"{folder}: {before / 2**20:.1f} MiB of weights became {after / 2**20:.1f}; train adapters over it with "
         f"[lora] policy.model={folder} policy.dtype=bfloat16 versions.canary_tolerance=0.25",

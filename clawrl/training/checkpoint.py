@@ -83,11 +83,15 @@ def appearing(folder: Path) -> Iterator[Path]:
     """A new folder to write into, which takes the place of `folder` once all is on the disk."""
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    yield unfinished
-    _synchronise(unfinished)
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        _synchronise(unfinished)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+    except BaseException:  # of a full disk, it gives back what it took
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     _synchronise(folder.parent)
 
 

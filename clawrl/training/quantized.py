@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clawrl.config import EngineSection
-from clawrl.errors import ConfigError, WeightSyncError
+from clawrl.errors import ConfigError, WeightSyncError, boundary
 from clawrl.training.checkpoint import appearing, copy_beside_weights, model_folder
 
 FORMAT = "pack-quantized"
@@ -76,7 +76,8 @@ def quantize(model: str, to: Path, group: int) -> tuple[int, int]:
     """Write a model with its linear layers in 4 bits, each weight rounded to the nearest, and its other files.
 
     `group` inputs share a scale. Returns the bytes of all weights before and after. Raises ConfigError if `group` does
-    not divide a layer's inputs, or the model is quantised already; WeightSyncError if it is not here.
+    not divide a layer's inputs, or the model is quantised already; WeightSyncError if it is not here or `to` cannot be
+    written, which leaves nothing.
     """
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import (
@@ -109,7 +110,7 @@ def quantize(model: str, to: Path, group: int) -> tuple[int, int]:
             layer.weight_scale.data = calculate_qparams(grouped.amin(-1), grouped.amax(-1), form)[0]
     compressor = ModelCompressor.from_pretrained_model(base)
     compressor.compress_model(base)
-    with appearing(to) as unfinished:
+    with boundary(WeightSyncError, f"{to} cannot be written"), appearing(to) as unfinished:
         copy_beside_weights(folder, unfinished)
         base.save_pretrained(unfinished)
         compressor.update_config(str(unfinished))

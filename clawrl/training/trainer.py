@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import ActorDiedError
 
 from clawrl.config import GateSection, LearningSection, LoraSection, TrainerSection, VersionsSection
+from clawrl.errors import ClawrlError
 from clawrl.training.weights import Head
 
 logger = logging.getLogger(__name__)
@@ -51,9 +52,9 @@ def run_trainer(
 ) -> None:
     """Train until the buffer closes. Blocks; whatever ends a worker group or its controller, another one goes on.
 
-    A controller makes up to `max_failures` new groups by itself, which is quicker than a new controller. Raises what
-    ended the last controller when more than `max_failures` of them failed since the newest version was made, or the
-    store is gone for good.
+    A controller makes up to `max_failures` new groups by itself, which is quicker than a new controller. Raises
+    ClawrlError when more than `max_failures` controllers failed since the newest version was made, and ActorDiedError
+    when the store is gone for good. The store knows of failures meanwhile, for `clawrl status`.
     """
     failures, known = 0, _next_number(loop.store)
     while True:
@@ -62,10 +63,20 @@ def run_trainer(
         except Exception as error:
             before, known = known, _next_number(loop.store)
             failures = 1 if known > before else failures + 1
-            logger.warning("event=trainer_failed failures=%d error=%s", failures, type(error).__name__)
+            why = f"{failures} in a row without a version: {reason(error)}"
+            logger.warning("event=trainer_failed failures=%d error=%s", failures, reason(error))
             if failures > loop.trainer.max_failures:
-                raise
+                raise ClawrlError(f"worker groups failed, {why}") from error
+            loop.store.trainer_failed.remote(why)
             time.sleep(min(2.0**failures, LONGEST_PAUSE_S))
+
+
+def reason(error: Exception) -> str:
+    """What ended a controller, on one line: of workers that failed the first one's own last words."""
+    workers = getattr(error, "worker_failures", None)
+    if workers:
+        return str(workers[min(workers)]).strip().splitlines()[-1]
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def _next_number(store: Any) -> int:

@@ -114,6 +114,7 @@ class WeightStore:
         self._canaries: dict[int, Canary] = {}
         self._replicas: dict[str, _Replica] = {}
         self._last_step: dict[str, float] = {}  # the newest version's metrics
+        self._trainer_failed: str | None = None  # since then
         self._closed = False
 
     # --- the trainer's side ---
@@ -178,7 +179,7 @@ class WeightStore:
                 await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
                 return False
             self._canaries[version.number] = canary
-            self._last_step = version.metrics
+            self._last_step, self._trainer_failed = version.metrics, None
             metric("versions/latest_num").set(registry.head())
             logger.info("event=version_offered version=%d parent=%s", version.number, version.parent)
             await self._forget_old(registry)  # while no other offer writes a folder that is not recorded yet
@@ -189,7 +190,7 @@ class WeightStore:
         """Record a version that the gate stopped: never desired, its samples consumed, training back at its parent."""
         if not await self._enter(registry, version, refused=f"gate: {decision.reason}"):
             return False
-        self._last_step = version.metrics
+        self._last_step, self._trainer_failed = version.metrics, None
         metric("versions/gate_rejections_num").inc()
         logger.warning("event=gate_rejects version=%d reason=%r", version.number, decision.reason)
         return True
@@ -364,6 +365,10 @@ class WeightStore:
             self._exporting.remove(number)
         return {"number": number, "folder": folder}
 
+    async def trainer_failed(self, why: str) -> None:
+        """The trainer tells what ended its workers; `status` tells it on until there is a version."""
+        self._trainer_failed = why
+
     async def status(self) -> dict[str, Any]:
         """Everyone's desired, serving and head versions, the state of each, and what replicas seen lately said last.
 
@@ -385,6 +390,7 @@ class WeightStore:
             "canary_error": {name: each.canary_error for name, each in alive.items()},
             "in_memory": sorted(self._held),
             "last_step": self._last_step,
+            **({} if self._trainer_failed is None else {"trainer_failed": self._trainer_failed}),
         }
 
     async def standing(self) -> dict[int, tuple[VersionState, str]]:

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError
+from ray.train import WorkerGroupError
 
 from clawrl.config import GateSection, LearningSection, TrainerSection, VersionsSection
-from clawrl.errors import JournalError
+from clawrl.errors import ClawrlError, JournalError
 from clawrl.training import rank, trainer
 from clawrl.training.trainer import TrainLoop, run_trainer
 from clawrl.training.weights import Head
@@ -18,11 +19,12 @@ class Asked:
     """A handle: each call takes the next of `answers[name]`, the last one again and again; exceptions are raised."""
 
     def __init__(self, **answers: list[Any]) -> None:
-        self._answers, self.asked = answers, []
+        self._answers, self.asked, self.told = answers, [], []
 
     def __getattr__(self, name: str) -> Any:
         def call(*arguments: Any) -> Any:
             self.asked.append(name)
+            self.told += arguments
             answers = self._answers[name]
             return answers.pop(0) if len(answers) > 1 else answers[0]
 
@@ -56,21 +58,28 @@ def loop(store: Asked, journal: Any = None, **gate: Any) -> TrainLoop:
 
 def test_a_store_that_cannot_answer_now_does_not_end_training(fits):
     away = JournalError("away")
-    store = Asked(latest=[away, away, Head(0, 1), away, away, away, Head(0, 1)])
+    store = Asked(latest=[away, away, Head(0, 1), away, away, away, Head(0, 1)], trainer_failed=[None])
     fits += [RuntimeError("a rank"), None]
     run_trainer(loop(store), "folder")
     assert fits == []
 
 
 def test_failures_without_a_version_end_training(fits):
-    fits += [RuntimeError("first"), RuntimeError("second"), None]
-    with pytest.raises(RuntimeError, match="second"):
-        run_trainer(loop(Asked(latest=[Head(0, 1)])), "folder")
+    fits += [
+        RuntimeError("first"),
+        WorkerGroupError("…", {1: OSError("later"), 0: OSError("Traceback\nOSError: no x")}),
+        None,
+    ]
+    store = Asked(latest=[Head(0, 1)], trainer_failed=[None])
+    with pytest.raises(ClawrlError, match="failed, 2 in a row without a version: OSError: no x"):
+        run_trainer(loop(store), "folder")
+    assert store.told == ["1 in a row without a version: RuntimeError: first"]
 
 
 def test_failures_with_versions_between_them_do_not(fits):
     fits += [RuntimeError("a rank")] * 4 + [None]
-    run_trainer(loop(Asked(latest=[Head(number, number + 1) for number in range(6)])), "folder")
+    heads = [Head(number, number + 1) for number in range(6)]
+    run_trainer(loop(Asked(latest=heads, trainer_failed=[None])), "folder")
     assert fits == []
 
 

@@ -39,7 +39,10 @@ GpuShare = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_sh
 
 
 def _whole_path(path: str) -> str:
-    return str(Path(path).expanduser().resolve())
+    try:
+        return str(Path(path).expanduser().resolve())
+    except RuntimeError as error:  # ~nobody
+        raise ValueError(str(error)) from None
 
 
 def lasting_name(model: str) -> str:

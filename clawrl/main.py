@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from clawrl import observe
 from clawrl.algorithms.methods import load_method
-from clawrl.config import Config, load_heuristics, model_path
+from clawrl.config import Config, lasting_name, load_heuristics, model_path
 from clawrl.errors import ConfigError, JournalError
 from clawrl.journal.actor import Journal
 from clawrl.journal.store import JournalStore
@@ -245,7 +245,8 @@ def check(config: Config) -> None:
             model_path(engine.model)
         except ConfigError as error:
             raise ConfigError(f"{section}.model: {error}") from None
-        require_served(section, engine)
+        if section == "policy" or config.judge.engine == "own":
+            require_served(section, engine)
     require_trained(config.policy.model, adapters=config.lora is not None)
     if config.lora is not None:
         require_targets(config.lora, config.policy.model)
@@ -334,6 +335,7 @@ def _require_model(config: Config, folder: Path) -> None:
             json.dumps({"model": config.policy.model, "lora": lora, "policy_scope": config.policy_scope}) + "\n"
         )
     began_with = {"lora": None, "policy_scope": "group", **json.loads(about.read_text())}
+    began_with["model"] = lasting_name(began_with["model"])
     if config.policy_scope == "user" and began_with["policy_scope"] != "user":
         raise ConfigError(
             f"run {folder.name} began with lora.policy_scope={began_with['policy_scope']}: users' policies would begin "

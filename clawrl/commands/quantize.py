@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from clawrl.errors import ClawrlError, ConfigError
+from clawrl.errors import ClawrlError
 
-GROUP = 32
-"""As in llama.cpp's 4-bit forms. 128, as many published models have, takes less memory and rounds more."""
+GROUPS = (32, 64, 128)
+"""Which every engine has products for. 128, as most published models have, takes the least memory and rounds most."""
 
 
 def add(commands: Any) -> None:
@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
     parser.add_argument("model", help="a folder, a name in the Hugging Face cache, or clawrl:tiny")
     parser.add_argument("out", type=Path, metavar="FOLDER", help="made if need be, never overwritten; for policy.model")
     parser.add_argument(
-        "--group", type=int, default=GROUP, help="inputs that share a scale, a multiple of 8 (default: %(default)s)"
+        "--group", type=int, choices=GROUPS, default=GROUPS[0], help="inputs that share a scale (default: %(default)s)"
     )
     parser.set_defaults(run=_quantize)
 
@@ -32,8 +32,6 @@ def _quantize(options: argparse.Namespace) -> int:
     folder = options.out.expanduser().resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ClawrlError(f"{folder} is there and not empty; name a new folder")
-    if options.group < 8 or options.group % 8:
-        raise ConfigError(f"--group {options.group} is no multiple of 8, the weights that one number holds")
     from clawrl.training.quantized import quantize  # compressed-tensors loads only when needed
 
     print(f"reading {options.model}", file=sys.stderr, flush=True)

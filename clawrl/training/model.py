@@ -24,6 +24,7 @@ from clawrl.config import LoraSection
 from clawrl.errors import ConfigError
 from clawrl.training.adapter import inject
 from clawrl.training.packed_linear import keep_packed
+from clawrl.training.quantized import require_trained
 
 ATTENTION = "clawrl_packed"
 RESHARD_ABOVE_PARAMETERS = 500_000_000  # smaller models stay whole between forward and backward: fewer collectives
@@ -60,6 +61,7 @@ class TokenScorer(nn.Module):
 
         Raises ConfigError if it cannot be trained packed.
         """
+        require_trained(folder, adapters=lora is not None)  # a model that has just been downloaded was not looked at
         dtype = torch.float32 if lora is None else frozen_dtype
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=ATTENTION)
         _require_plain(model, folder)

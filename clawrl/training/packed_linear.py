@@ -12,10 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clawrl.training.quantized import BITS
-
-ZERO = 1 << (BITS - 1)
-
 
 class PackedLinear(nn.Linear):
     """input · weightᵀ + bias. qweight is i32[out, in / 8], scale [out, in / group], both the same on every rank.
@@ -35,11 +31,11 @@ class PackedLinear(nn.Linear):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
-        """The weight [out, in]. The lowest bits of each int32 are its first input."""
-        shifts = torch.arange(0, 32, BITS, dtype=torch.int32, device=self.qweight.device)
-        values = ((self.qweight[..., None] >> shifts) & (2 * ZERO - 1)).flatten(1)[:, : self.in_features] - ZERO
-        groups = values.unflatten(1, (self.scale.shape[1], -1))
-        return (groups.to(self.scale.dtype) * self.scale[..., None]).flatten(1).to(dtype)
+        """The weight [out, in]. The lowest bits of each number are its first input, and 8 stands for 0."""
+        pairs = self.qweight.view(torch.uint8)  # of inputs; the lowest byte lies first
+        values = torch.stack((pairs & 15, pairs >> 4), -1).flatten(1)[:, : self.in_features]
+        groups = values.to(self.scale.dtype).unflatten(1, (self.scale.shape[1], -1)) - 8
+        return (groups * self.scale[..., None]).flatten(1).to(dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         product: Any = _Product.apply(input, self)

@@ -8,7 +8,7 @@ nothing else here.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,6 @@ from clawrl.training.checkpoint import appearing, copy_beside_weights, model_fol
 
 FORMAT = "pack-quantized"
 BITS = 4
-HEAD = "lm_head"
-"""Stays as it is: it is small beside the rest, or the embeddings' own weight, and chooses the tokens."""
 
 
 def quantization(model: str) -> dict[str, Any] | None:
@@ -34,9 +32,10 @@ def quantization(model: str) -> dict[str, Any] | None:
 def require_served(section: str, engine: EngineSection) -> None:
     """Raises ConfigError if the engine has no products for the form of its weights."""
     if quantization(engine.model) is not None and engine.dtype == "float32":
+        room = ", and versions.canary_tolerance=0.25 for what it rounds" if section == "policy" else ""
         raise ConfigError(
             f"{section}.dtype=float32: {section}.model={engine.model!r} is quantised, and vLLM multiplies such weights "
-            f"in 16 bits only; set {section}.dtype=bfloat16, and versions.canary_tolerance=0.25 for what it rounds"
+            f"in 16 bits only; set {section}.dtype=bfloat16{room}"
         )
 
 
@@ -54,30 +53,36 @@ def require_trained(model: str, *, adapters: bool) -> None:
         said = f"{found.get('quant_method')} {found.get('format') or ''}".strip()
         raise ConfigError(
             f"policy.model={model!r} is quantised as {said}; training reads compressed-tensors' {FORMAT} with "
-            f"symmetric groups of {BITS} bits alone: make one of the model that it was made of (`clawrl quantize`)"
+            f"symmetric groups of {BITS} bits and no order of activations alone: make one of the model that it was "
+            "made of (`clawrl quantize`)"
         )
 
 
 def _understood(found: Mapping[str, Any]) -> bool:
     groups = list((found.get("config_groups") or {}).values())
+    beyond = found.get("transform_config") or found.get("kv_cache_scheme")
+    return found.get("format") == FORMAT and bool(groups) and not beyond and all(map(_plain, groups))
+
+
+def _plain(group: Mapping[str, Any]) -> bool:
+    """Weights alone, and no index of groups beside them (the order `weight`, or `static`, needs none)."""
+    weights = group.get("weights") or {}
     return (
-        found.get("format") == FORMAT
-        and bool(groups)
-        and all(_plain(group.get("weights") or {}) and not group.get("input_activations") for group in groups)
+        (weights.get("num_bits"), weights.get("type"), weights.get("symmetric")) == (BITS, "int", True)
+        and weights.get("strategy") in ("group", "channel")
+        and weights.get("actorder") in (None, False, "weight", "static")
+        and not group.get("input_activations")
+        and not group.get("output_activations")
     )
-
-
-def _plain(weights: Mapping[str, Any]) -> bool:
-    kind = weights.get("num_bits"), weights.get("type"), weights.get("symmetric"), bool(weights.get("actorder"))
-    return kind == (BITS, "int", True, False) and weights.get("strategy") in ("group", "channel")
 
 
 def quantize(model: str, to: Path, group: int) -> tuple[int, int]:
     """Write a model with its linear layers in 4 bits, each weight rounded to the nearest, and its other files.
 
-    `group` inputs share a scale. Returns the bytes of all weights before and after. Raises ConfigError if `group` does
-    not divide a layer's inputs, or the model is quantised already; WeightSyncError if it is not here or `to` cannot be
-    written, which leaves nothing.
+    `group` inputs share a scale. The head stays as it is: it chooses the tokens, and may be the embeddings' own weight.
+    Returns the bytes of all weights before and after. Raises ConfigError if `group` does not divide a layer's inputs,
+    or the model is quantised already, has experts or cannot be read; WeightSyncError if it is not here, or `to` cannot
+    be written, which leaves nothing.
     """
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import (
@@ -92,22 +97,21 @@ def quantize(model: str, to: Path, group: int) -> tuple[int, int]:
     folder = model_folder(model)
     if quantization(model) is not None:
         raise ConfigError(f"model {model!r} is quantised already; name the model that it was made of")
-    base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    before = _num_bytes(base)
+    with boundary(ConfigError, f"model {model!r} cannot be read"):
+        base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    before, head = _num_bytes(base), base.get_output_embeddings()
+    kept = [name for name, layer in base.named_modules() if layer is head]
     form = QuantizationArgs.model_validate(
         {"num_bits": BITS, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
     )
     scheme = QuantizationScheme(targets=["Linear"], weights=form)
-    for name, layer in base.named_modules():
-        if type(layer).__name__ == "Linear" and name != HEAD and layer.in_features % group:
-            raise ConfigError(
-                f"a group of {group} does not divide the {layer.in_features} inputs of {name}; name another"
-            )
-    apply_quantization_config(base, QuantizationConfig(config_groups={"base": scheme}, ignore=[HEAD]))
+    _require_linear(base, kept, group)
+    apply_quantization_config(base, QuantizationConfig(config_groups={"base": scheme}, ignore=kept))
     for layer in base.modules():
         if hasattr(layer, "weight_scale"):
             grouped = layer.weight.data.unflatten(1, (-1, group))
-            layer.weight_scale.data = calculate_qparams(grouped.amin(-1), grouped.amax(-1), form)[0]
+            scale = calculate_qparams(grouped.amin(-1), grouped.amax(-1), form)[0]
+            layer.weight_scale.data = scale.bfloat16().to(layer.weight.dtype)  # as engines will read it
     compressor = ModelCompressor.from_pretrained_model(base)
     compressor.compress_model(base)
     with boundary(WeightSyncError, f"{to} cannot be written"), appearing(to) as unfinished:
@@ -115,6 +119,20 @@ def quantize(model: str, to: Path, group: int) -> tuple[int, int]:
         base.save_pretrained(unfinished)
         compressor.update_config(str(unfinished))
     return before, _num_bytes(base)
+
+
+def _require_linear(model: Any, kept: Sequence[str], group: int) -> None:
+    """Raises ConfigError if the model's weights are not those of linear layers that groups divide."""
+    experts = [name for name, each in model.named_parameters() if ".experts." in name and each.ndim > 2]
+    if experts:
+        raise ConfigError(
+            f"{experts[0]} is no linear layer: mixtures of experts are not rounded here; name another model"
+        )
+    for name, layer in model.named_modules():
+        if type(layer).__name__ == "Linear" and name not in kept and layer.in_features % group:
+            raise ConfigError(
+                f"a group of {group} does not divide the {layer.in_features} inputs of {name}; name another"
+            )
 
 
 def _num_bytes(model: Any) -> int:

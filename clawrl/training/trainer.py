@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 LONGEST_PAUSE_S = 30.0
 """Between a worker group that failed and the next."""
 
+MAX_REASON = 400
 RETRY_S = 2.0
 
 COLLECTIVE_TIMEOUT_S = 600
@@ -65,18 +66,26 @@ def run_trainer(
             failures = 1 if known > before else failures + 1
             why = f"{failures} in a row without a version: {reason(error)}"
             logger.warning("event=trainer_failed failures=%d error=%s", failures, reason(error))
+            loop.store.trainer_failed.remote(why)
             if failures > loop.trainer.max_failures:
                 raise ClawrlError(f"worker groups failed, {why}") from error
-            loop.store.trainer_failed.remote(why)
             time.sleep(min(2.0**failures, LONGEST_PAUSE_S))
 
 
 def reason(error: Exception) -> str:
-    """What ended a controller, on one line: of workers that failed the first one's own last words."""
-    workers = getattr(error, "worker_failures", None)
+    """What ended a controller, on one line; of workers that failed what each said, which may be the same."""
+    workers = getattr(error, "worker_failures", {})
     if workers:
-        return str(workers[min(workers)]).strip().splitlines()[-1]
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        return "; ".join(dict.fromkeys(_last_words(workers[rank]) for rank in sorted(workers)))[:MAX_REASON]
+    error = getattr(error, "controller_failure", error)
+    return f"{type(error).__name__}: {_last_words(error)}"[:MAX_REASON]
+
+
+def _last_words(error: Exception) -> str:
+    """The first line of a message, or of the one that ends a traceback, whose other lines are indented."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    indented = [number for number, line in enumerate(lines) if line.startswith("  ")]
+    return lines[min(indented[-1] + 1, len(lines) - 1) if indented else 0]
 
 
 def _next_number(store: Any) -> int:

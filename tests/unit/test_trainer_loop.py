@@ -5,14 +5,16 @@ from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError
-from ray.train import WorkerGroupError
+from ray.train import ControllerError, WorkerGroupError
 
 from clawrl.config import GateSection, LearningSection, TrainerSection, VersionsSection
 from clawrl.errors import ClawrlError, JournalError
 from clawrl.training import rank, trainer
-from clawrl.training.trainer import TrainLoop, run_trainer
+from clawrl.training.trainer import TrainLoop, reason, run_trainer
 from clawrl.training.weights import Head
 from clawrl.types import Batch
+
+TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 1, in y\n    write()\nOSError: no disk\nbuy one'
 
 
 class Asked:
@@ -65,15 +67,26 @@ def test_a_store_that_cannot_answer_now_does_not_end_training(fits):
 
 
 def test_failures_without_a_version_end_training(fits):
-    fits += [
-        RuntimeError("first"),
-        WorkerGroupError("…", {1: OSError("later"), 0: OSError("Traceback\nOSError: no x")}),
-        None,
-    ]
+    fits += [RuntimeError("first"), OSError("second"), None]
     store = Asked(latest=[Head(0, 1)], trainer_failed=[None])
-    with pytest.raises(ClawrlError, match="failed, 2 in a row without a version: OSError: no x"):
+    with pytest.raises(ClawrlError, match="failed, 2 in a row without a version: OSError: second"):
         run_trainer(loop(store), "folder")
-    assert store.told == ["1 in a row without a version: RuntimeError: first"]
+    assert store.told[0] == "1 in a row without a version: RuntimeError: first"
+    assert len(store.told) == 2, "who asks how it is hears of the last one too"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (WorkerGroupError("…", {1: OSError(TRACEBACK), 0: OSError(TRACEBACK)}), "OSError: no disk"),
+        (WorkerGroupError("…", {0: OSError("closed"), 1: OSError(TRACEBACK)}), "closed; OSError: no disk"),
+        (ControllerError(RuntimeError("no room\nmore")), "RuntimeError: no room"),
+        (RuntimeError(), "RuntimeError: RuntimeError"),
+        (RuntimeError("x" * 1000), "RuntimeError: " + "x" * 386),
+    ],
+)
+def test_a_failure_is_told_on_a_line(error, said):
+    assert reason(error) == said
 
 
 def test_failures_with_versions_between_them_do_not(fits):

@@ -634,10 +634,10 @@ def model_path(model: str) -> str:
     """
     if model.startswith("clawrl:"):
         folder = Path(str(resources.files("clawrl"))) / "models" / model.removeprefix("clawrl:")
-    elif model.startswith((".", "/", "~")):
-        folder = Path(model).expanduser()
     else:
-        return model
+        folder = Path(lasting_name(model))
+        if not folder.is_absolute():
+            return model
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model {model!r} is not a model folder ({folder} has no config.json); check the path")
     return str(folder.resolve())

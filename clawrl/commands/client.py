@@ -1,6 +1,6 @@
 """How commands speak to a running clawrl: its status by GET, its acts by POST /admin/<name>; or read a run's journal.
 
-Knows the gateway's routes and the shape of its errors. Ignores what the acts do.
+Knows the gateway's routes and the shape of its errors, and where commands may write. Ignores what the acts do.
 """
 
 from __future__ import annotations
@@ -29,6 +29,14 @@ def add_url(parser: argparse.ArgumentParser) -> None:
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
+
+
+def new_folder(path: Path) -> Path:
+    """The whole path of a folder to write. Raises ClawrlError if there is something already."""
+    folder = path.expanduser().resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ClawrlError(f"{folder} is there and not empty; name a new folder")
+    return folder
 
 
 def get(url: str, path: str) -> Any:

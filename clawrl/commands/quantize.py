@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from clawrl.errors import ClawrlError
+from clawrl.commands.client import new_folder
 
 GROUPS = (32, 64, 128)
 """Which every engine has products for. 128, as most published models have, takes the least memory and rounds most."""
@@ -29,9 +29,7 @@ def add(commands: Any) -> None:
 
 
 def _quantize(options: argparse.Namespace) -> int:
-    folder = options.out.expanduser().resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ClawrlError(f"{folder} is there and not empty; name a new folder")
+    folder = new_folder(options.out)
     from clawrl.training.quantized import quantize  # compressed-tensors loads only when needed
 
     print(f"reading {options.model}", file=sys.stderr, flush=True)

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clawrl.algorithms.calibration import Verdict, calibrate
-from clawrl.commands.client import add_journal, add_json, journal_of
+from clawrl.commands.client import add_journal, add_json, journal_of, new_folder
 from clawrl.commands.judge import add_figures
 from clawrl.config import lasting_name
 from clawrl.errors import ClawrlError
@@ -71,9 +71,7 @@ def add(commands: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    folder = options.out.expanduser().resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ClawrlError(f"{folder} is there and not empty; name a new folder")
+    folder = new_folder(options.out)
     with journal_of(options) as journal:
         labels = list(_labels(journal))
     fitted, held_out = parts(labels)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from clawrl.algorithms.reward import Head, probability, verdict
-from clawrl.config import lasting_name, model_path
+from clawrl.config import model_path
 from clawrl.errors import ClawrlError, ConfigError, JudgeError
 from clawrl.serving.endpoint import RefusedError
 
@@ -188,6 +188,6 @@ def write(folder: Path, about: About, head: Head) -> None:
 def _place(model: str) -> str:
     """The same for all names of one model."""
     try:
-        return model_path(lasting_name(model))
+        return model_path(model)
     except ConfigError:
         return model

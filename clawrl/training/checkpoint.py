@@ -44,7 +44,7 @@ def write_checkpoint(folder: Path, buckets: Sequence[Bucket], base: Path, canary
     Durable on return: files and folder are synchronised, the folder renamed into place. An older folder of the same
     name, left by a crash before its version was recorded, is replaced.
     """
-    with appearing(folder) as unfinished:
+    with appearing(folder, replaces=True) as unfinished:
         copy_beside_weights(base, unfinished)
         count = len(buckets)
         files = [
@@ -63,7 +63,7 @@ def write_adapter(folder: Path, buckets: Sequence[Bucket], description: dict[str
 
     Its moving average, where there is one, is another file beside it.
     """
-    with appearing(folder) as unfinished:
+    with appearing(folder, replaces=True) as unfinished:
         _write_safetensors(unfinished / "adapter_model.safetensors", _joined(buckets, average=False))
         if (average := _joined(buckets, average=True)).names:
             _write_safetensors(unfinished / _AVERAGE, average)
@@ -79,15 +79,19 @@ def copy_beside_weights(model: Path, folder: Path) -> None:
 
 
 @contextmanager
-def appearing(folder: Path) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of `folder` once all is on the disk."""
+def appearing(folder: Path, *, replaces: bool = False) -> Iterator[Path]:
+    """A new folder to write into, which takes the place of `folder` once all is on the disk.
+
+    That of none or of an empty one, or of whatever is there (`replaces`).
+    """
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         unfinished.mkdir(parents=True)
         yield unfinished
         _synchronise(unfinished)
-        shutil.rmtree(folder, ignore_errors=True)
+        if replaces:
+            shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
     except BaseException:  # of a full disk, it gives back what it took
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -165,19 +169,12 @@ def export_checkpoint(source: Path, destination: Path) -> None:
     with boundary(WeightSyncError, f"export folder {destination} cannot be written"):
         if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
             raise WeightSyncError(f"export folder {destination} exists and is not empty; name another")
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = destination.with_name(f".{destination.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        for file in source.iterdir():
-            if file.is_file() and file.name not in (_CANARY, _AVERAGE) and not file.name.startswith("."):
-                shutil.copyfile(file, unfinished / file.name)
-        if (unfinished / "config.json").exists():  # an adapter has none
-            _state_type(unfinished / "config.json", source)
-        _synchronise(unfinished)
-        if destination.exists():
-            destination.rmdir()
-        unfinished.rename(destination)
+        with appearing(destination) as unfinished:
+            for file in source.iterdir():
+                if file.is_file() and file.name not in (_CANARY, _AVERAGE) and not file.name.startswith("."):
+                    shutil.copyfile(file, unfinished / file.name)
+            if (unfinished / "config.json").exists():  # an adapter has none
+                _state_type(unfinished / "config.json", source)
 
 
 def _state_type(file: Path, source: Path) -> None:

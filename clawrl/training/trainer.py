@@ -64,8 +64,9 @@ def run_trainer(
         except Exception as error:
             before, known = known, _next_number(loop.store)
             failures = 1 if known > before else failures + 1
-            why = f"{failures} in a row without a version: {reason(error)}"
-            logger.warning("event=trainer_failed failures=%d error=%s", failures, reason(error))
+            said = reason(error)
+            why = f"{failures} in a row without a version: {said}"
+            logger.warning("event=trainer_failed failures=%d error=%s", failures, said)
             loop.store.trainer_failed.remote(why)
             if failures > loop.trainer.max_failures:
                 raise ClawrlError(f"worker groups failed, {why}") from error

@@ -289,7 +289,9 @@ def test_a_new_collector_goes_on_where_the_old_one_ended(actors, tmp_path, gentl
     first = house.collect(concurrency=2)
     house.wait(4)
     if gently:
+        started = time.monotonic()
         answer(first.close.remote())
+        assert time.monotonic() - started < 2
     ray.kill(first)
     house.collect()
     house.wait(8)

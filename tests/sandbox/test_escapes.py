@@ -197,9 +197,10 @@ def test_memory_bomb(backend):
         "import sys\nkept = []\nwhile len(kept) < 1024:\n"
         "    kept.append(bytearray(b'x') * 1048576)\n    sys.stdout.write(f'{len(kept)}\\n'); sys.stdout.flush()"
     )
-    result = python(sandbox, grow, timeout=20)
+    result = python(sandbox, grow, timeout=60)
     got = int(next(line for line in reversed(result.output.split()) if line.isdigit()))
-    assert result.timed_out or result.code not in (0, None), "near the limit the kernel may take its time"
+    held = backend.name == "docker" and result.timed_out  # near its limit the kernel may read its pages again and again
+    assert held or result.code not in (0, None)
     assert 20 < got <= 112
     sandbox.reset()
     assert sandbox.exec("echo well").output == "well\n"

@@ -13,6 +13,7 @@ from clawrl.cli import main
 from clawrl.config import LoraSection, load_config
 from clawrl.errors import ConfigError
 from clawrl.main import check
+from clawrl.training.checkpoint import appearing
 from clawrl.training.model import TokenScorer
 from clawrl.training.pack import pack
 from clawrl.training.packed_linear import PackedLinear
@@ -94,9 +95,7 @@ def test_an_adapter_learns_over_it_as_over_the_same_weights_unpacked(packed, unp
     found = []
     for folder in (packed, unpacked):
         torch.manual_seed(1)
-        scorer = TokenScorer.load(
-            str(folder), logit_chunk=1000, activation_checkpointing=checkpointing, lora=LORA
-        )  # fmt: skip
+        scorer = TokenScorer.load(str(folder), logit_chunk=1000, activation_checkpointing=checkpointing, lora=LORA)
         for name, parameter in scorer.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
@@ -219,3 +218,12 @@ def test_what_cannot_be_made_is_said_and_leaves_nothing(original, packed, tmp_pa
     assert main(["quantize", model, str(out), *options]) == code
     assert said in " ".join(capsys.readouterr().err.split())
     assert [each.name for each in tmp_path.iterdir()] == (["out"] if words == ["there"] else [])
+
+
+def test_what_came_there_meanwhile_stays(tmp_path):
+    theirs = tmp_path / "out" / "theirs"
+    with pytest.raises(OSError), appearing(tmp_path / "out") as unfinished:
+        (unfinished / "ours").touch()
+        theirs.parent.mkdir()
+        theirs.touch()
+    assert [*tmp_path.rglob("*")] == [theirs.parent, theirs]

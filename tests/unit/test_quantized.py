@@ -222,7 +222,7 @@ def test_what_cannot_be_made_is_said_and_leaves_nothing(original, packed, tmp_pa
 
 def test_what_came_there_meanwhile_stays(tmp_path):
     theirs = tmp_path / "out" / "theirs"
-    with pytest.raises(OSError), appearing(tmp_path / "out") as unfinished:
+    with pytest.raises(OSError, match="not empty"), appearing(tmp_path / "out") as unfinished:  # noqa: PT012
         (unfinished / "ours").touch()
         theirs.parent.mkdir()
         theirs.touch()
